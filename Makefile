@@ -1,0 +1,47 @@
+# `make demo` and `make test` set themselves up: they need Python 3.11+, make and a C compiler, nothing else.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# One thread for each core, however many tests run at once: torch's threads spin when there are more.
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(READY): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@echo "setting up $(VENV) from requirements.lock …"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+setup: $(READY)  ## Install recap and what it needs into .venv
+
+demo: $(READY)  ## The whole pipeline on drawn images and tiny models: about 3 minutes on 2 cores
+	@$(BIN)/recap world draw runs/world/shards
+	@$(BIN)/recap world init runs/world/models
+	@$(BIN)/recap run -c configs/tiny.toml
+
+test: $(READY)  ## The quick tests: under 10 minutes
+	@$(BIN)/pytest -q -m "not full"
+
+test-full: $(READY)  ## All tests, with kills, browsers, servers and long runs: under 60 minutes
+	@$(BIN)/pytest -q
+
+check: $(READY)  ## Lint and check the types
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+lock: $(READY)  ## Resolve the dependencies anew
+	@$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
+		--generate-hashes --no-header --upgrade --output-file requirements.lock
+
+clean:  ## Delete the runs and the caches, not .venv
+	@rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help setup demo test test-full check lock clean

@@ -1,0 +1,1 @@
+"""Pipelines and shards → numbers, pictures, one report. Import its modules (`from eval.fid import …`), never `eval` itself."""

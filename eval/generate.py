@@ -1,0 +1,71 @@
+"""Every prompt → a picture, by one arm's pipeline. The same noise for every arm, whatever the batch; resumable."""
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from eval.config import Generate
+from eval.prompts import load_prompts
+from recap import progress
+from recap.config import Model
+from recap.rundir import StageDir
+from recap.shards import write_bytes
+from train_t2i.sample import draw, image_seed, load_pipeline, num_windows, plan
+
+PROMPTS_FILE = "prompts.jsonl"
+
+
+def run(stage: StageDir, pipeline: Model, where: str, config: Generate, arm: str, device: str) -> dict[str, Any]:
+    """Draw prompt i of the config's to `stage.path/0000i.png`, and list them in `prompts.jsonl` (index, prompt, seed, windows).
+
+    To resume, run the same again. A batch with a missing picture is drawn whole: which prompts share a batch is fixed
+    by the plan, so an interruption cannot change a pixel.
+
+    Args:
+        stage: begun by the caller, whose fingerprint covers prompts, pipeline and config.
+        pipeline: hub id or diffusers folder of the arm; `where` names its table for messages.
+        config: prompts, steps, guidance, seed, batch size.
+        arm: its name, for the bar.
+        device: a torch device.
+
+    Returns:
+        `num_images`, and `num_windows`: number of CLIP windows → prompts of that length.
+    """
+    prompts = load_prompts(config)
+    pipe = load_pipeline(pipeline, where, device)
+    seeds = [image_seed(config.seed, index) for index in range(len(prompts))]
+    windows = [num_windows(pipe, prompt) for prompt in prompts]
+    _list_prompts(stage.path, prompts, seeds, windows)
+    batches = plan(pipe, prompts, config.batch_size)
+    missing = [batch for batch in batches if not all(image_path(stage.path, index).is_file() for index in batch)]
+    done = len(prompts) - sum(map(len, missing))
+    with progress.bar(f"generate {arm}", len(prompts), done) as bar:
+        for batch in missing:
+            drawn = draw(pipe, [prompts[index] for index in batch], [seeds[index] for index in batch],
+                         num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
+            for index, image in zip(batch, drawn, strict=True):
+                write_bytes(str(image_path(stage.path, index)), _png(image))
+            bar.update(len(batch))
+    return {"num_images": len(prompts), "num_windows": {str(count): n for count, n in sorted(Counter(windows).items())}}
+
+
+def image_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:05d}.png"
+
+
+def _list_prompts(folder: Path, prompts: list[str], seeds: list[int], windows: list[int]) -> None:
+    rows = [{"index": index, "prompt": prompt, "seed": seed, "windows": count}
+            for index, (prompt, seed, count) in enumerate(zip(prompts, seeds, windows, strict=True))]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_bytes(str(folder / PROMPTS_FILE), text.encode())
+
+
+def _png(image: Image.Image) -> bytes:
+    """PNG and never JPEG: compression alone moves FID."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

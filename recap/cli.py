@@ -1,0 +1,106 @@
+"""The `recap` command. Nothing heavy is imported before a command needs it, so that `recap --help` answers at once."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from recap import __version__
+from recap.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+                  context_settings={"help_option_names": ["-h", "--help"]},
+                  help="Relabel web image shards with good captions, fine-tune text-to-image models on them, "
+                       "and show in one report whether it helped.")
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The experiment, a TOML file; see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[TABLE.KEY=VALUE]…", help="Values that override the file's.")]
+Redo = Annotated[bool, typer.Option("--redo", help="Delete and make again what was made with other settings or inputs.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and print the stages; read no weights, write nothing.")]
+
+
+@app.command("run")
+def run_all(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, redo: Redo = False) -> None:
+    """Every stage of an experiment, skipping what is done. To resume, run the same command again."""
+    _run(None, config, overrides, dry_run, redo)
+
+
+def _add_stage(verb: str, summary: str) -> None:
+    def command(config: ConfigFile, overrides: Overrides = None, redo: Redo = False) -> None:
+        _run(verb, config, overrides, False, redo)
+    app.command(verb, help=summary)(command)
+
+
+for _verb, _summary in {
+    "stitch": "Write captions from what vision models see in the images.",
+    "finetune": "Tune the captioner on stitched captions.",
+    "relabel": "Add the captioner's captions to shards.",
+    "train": "Fine-tune Stable Diffusion, once for every seed and arm.",
+    "generate": "Draw the prompts with every arm.",
+    "reference": "Compute the statistics of the real images that FID compares with.",
+    "evaluate": "Score what every arm drew.",
+    "report": "Write the report.",
+}.items():
+    _add_stage(_verb, _summary)
+
+
+def _run(verb: str | None, config: Path, overrides: list[str] | None, dry_run: bool, redo: bool) -> None:
+    from recap import pipeline
+    from recap.config import load
+    exp = load(config, overrides or [], pipeline.Experiment)
+    if dry_run:
+        pipeline.dry_run(exp)
+    else:
+        pipeline.run(exp, verb, redo)
+
+
+@app.command()
+def config(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the resolved configuration: defaults, file and overrides."""
+    from recap import pipeline
+    from recap.config import load
+    print(load(config, overrides or [], pipeline.Experiment).model_dump_json(indent=2))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"recap {__version__}")
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
+def world(context: typer.Context) -> None:
+    """The embedded default: drawn scenes and tiny checkpoints (`recap world draw`, `recap world init`)."""
+
+
+def fail(message: str) -> NoReturn:
+    print(f"recap: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point. What the user can mend is one line and status 2; a traceback is a bug."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")
+    try:
+        app(arguments)
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("\nrecap: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        fail(f"{error.strerror}: {error.filename or 'while writing'}: make room or choose another runs=…, "
+             "and run the same command again")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Bars that count images, and messages; both on standard error, from rank 0 only."""
+
+import os
+import sys
+
+from tqdm import tqdm
+
+
+def is_main() -> bool:
+    """Whether this process is the one that speaks, under torchrun, accelerate or Slurm."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
+def bar(name: str, total: int | None, done: int = 0) -> "tqdm[None]":
+    """A bar of images with rate and ETA. `done` are those of an earlier try, which do not count in the rate."""
+    # Not on a terminal (a log file), one line every 10 s is enough.
+    return tqdm(total=total, initial=done, desc=f"{name:<24}", unit=" img", disable=not is_main(), dynamic_ncols=True,
+                mininterval=0.2 if sys.stderr.isatty() else 10, leave=True,
+                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} img · {rate_fmt} · {remaining} left{postfix}"
+                if total else "{desc} {n_fmt} img · {rate_fmt}{postfix}")
+
+
+def say(message: str) -> None:
+    if is_main():
+        tqdm.write(message, file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    say(f"warning: {message}")

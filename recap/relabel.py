@@ -1,0 +1,168 @@
+"""Shards in, the same shards with captions out. A shard is the unit of work; to resume, run the same command again."""
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from recap import progress
+from recap.captioners import Caption, Captioner, open_captioner
+from recap.chunks import split
+from recap.clip_bpe import clip_tokenizer
+from recap.config import Captioner as CaptionerConfig
+from recap.config import Data, Relabel, Style
+from recap.errors import BadSample, UserError
+from recap.rundir import StageDir, hash_files
+from recap.sample import Sample
+from recap.shards import Reject, ShardWriter, read_shard, shard_name, write_json, write_rejects
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """All that turns an image into its caption members."""
+
+    captioner: Captioner
+    styles: dict[str, Style]
+    config: Relabel
+    source: dict[str, Any]
+    """Captioner, revision and adapter, as `KEY.recap.json` names them."""
+
+
+def run(stage: StageDir, shards: list[str], captioner_config: CaptionerConfig, adapter: Path | None,
+        styles: dict[str, Style], config: Relabel, data: Data, device: str) -> dict[str, Any]:
+    """Caption every image in every style; write each shard, then its quarantine, then its stats."""
+    labeller: Labeller | None = None
+    totals: Counter[str] = Counter()
+    quarantined: Counter[str] = Counter()
+    with progress.bar("relabel", _count(shards)) as bar:
+        for shard in shards:
+            done = _stats_of(stage.path, shard)
+            if done is None:
+                labeller = labeller or open_labeller(captioner_config, adapter, styles, config, device)
+                done = relabel_shard(shard, stage.path, labeller, data, bar)
+                stage.log(event="shard", shard=shard_name(shard), **done)
+            else:
+                bar.update(done["images_in"])
+            totals.update({name: done[name] for name in ("images_in", "images_out", "empty_captions", "not_ended")})
+            quarantined.update(done["quarantined"])
+    if not totals["images_out"]:
+        raise UserError(f"relabel: no image of {', '.join(shards[:3])} could be used ({dict(quarantined)}): check data.shards")
+    return {**totals, "quarantined": dict(quarantined)}
+
+
+def open_labeller(captioner_config: CaptionerConfig, adapter: Path | None, styles: dict[str, Style], config: Relabel,
+                  device: str) -> Labeller:
+    source = {"captioner": captioner_config.model, "revision": captioner_config.revision,
+              "adapter": hash_files(adapter) if adapter else None}
+    return Labeller(open_captioner(captioner_config, device, adapter), styles, config, source)
+
+
+def relabel_shard(shard: str, out: Path, labeller: Labeller, data: Data, bar: Any) -> dict[str, Any]:
+    """Relabel one shard, and return its stats. Batches are formed within the shard, in file order."""
+    rejects: list[Reject] = []
+    counts: Counter[str] = Counter(images_in=0, images_out=0, empty_captions=0, not_ended=0)
+    name = shard_name(shard)
+    with ShardWriter(str(out / f"{name}.tar")) as writer:
+        for batch in _batches(shard, labeller.config.batch_size, data, rejects):
+            for sample in label(batch, labeller, counts):
+                writer.write(sample)
+            counts["images_out"] += len(batch)
+            bar.update(len(batch))
+    bar.update(len(rejects))
+    counts["images_in"] = counts["images_out"] + len(rejects)
+    stats = {**counts, "quarantined": dict(Counter(reject.reason for reject in rejects))}
+    if rejects:
+        write_rejects(str(out / f"{name}_quarantine.jsonl"), rejects)
+        progress.warn(f"{shard}: {len(rejects)} of {counts['images_in']} samples quarantined ({_reasons(stats)}), "
+                      f"see {out / f'{name}_quarantine.jsonl'}")
+    write_json(str(out / f"{name}_stats.json"), stats)
+    return stats
+
+
+def label(batch: list[tuple[Sample, Image.Image]], labeller: Labeller, counts: Counter[str]) -> Iterator[Sample]:
+    """Samples with their decoded images → the samples with their captions. Each image is encoded once."""
+    captioner = labeller.captioner
+    features = captioner.encode(captioner.preprocess([image for _, image in batch]))
+    by_style = {name: captioner.caption(features, style) for name, style in labeller.styles.items()}
+    for place, (sample, _) in enumerate(batch):
+        captions = {name: found[place] for name, found in by_style.items()}
+        counts["empty_captions"] += sum(not caption.text for caption in captions.values())
+        counts["not_ended"] += sum(not caption.ended for caption in captions.values())
+        yield Sample(sample.shard, sample.key, sample.members | _members(sample, captions, labeller))
+
+
+def _members(sample: Sample, captions: dict[str, Caption], labeller: Labeller) -> dict[str, bytes]:
+    """The members that relabelling adds. A style that the shard already had is replaced in its place."""
+    texts = {f"{name}.txt": caption.text.encode() for name, caption in captions.items()}
+    kinds = [kind for kind in sorted(labeller.config.mix) if kind in captions]
+    if kinds:
+        draw = random.Random(f"{labeller.config.seed}/{sample.key}")
+        kind = draw.choices(kinds, [labeller.config.mix[kind] for kind in kinds])[0]
+        texts["mix.txt"] = texts[f"{kind}.txt"]
+    record = _earlier_record(sample)
+    record["captions"] |= {name: _provenance(labeller, name, caption) for name, caption in captions.items()}
+    return texts | {"recap.json": json.dumps(record, ensure_ascii=False).encode()}
+
+
+def _provenance(labeller: Labeller, name: str, caption: Caption) -> dict[str, Any]:
+    """How a caption came to be, for `KEY.recap.json`."""
+    style = labeller.styles[name]
+    windows = split(caption.text, clip_tokenizer())
+    flags = [flag for flag, holds in {"empty": not caption.text, "not_ended": not caption.ended}.items() if holds]
+    return {**labeller.source, "prompt": style.prompt, "decoding": {"max_new_tokens": style.max_new_tokens, "num_beams": 1},
+            "num_clip_tokens": windows.num_tokens, "num_clip_windows": len(windows.ids), "scores": {}, "flags": flags}
+
+
+def _earlier_record(sample: Sample) -> dict[str, Any]:
+    """What an earlier relabelling said of styles that are not asked for now; it stays."""
+    try:
+        found = json.loads(sample.members["recap.json"])
+        if found["schema"] == SCHEMA and isinstance(found["captions"], dict):
+            return found
+    except (KeyError, ValueError, TypeError, RecursionError):
+        pass
+    return {"schema": SCHEMA, "captions": {}}
+
+
+def _batches(shard: str, size: int, data: Data, rejects: list[Reject]) -> Iterator[list[tuple[Sample, Image.Image]]]:
+    batch = []
+    for sample in read_shard(shard, rejects):
+        try:
+            batch.append((sample, sample.check(data.alt_text)))
+        except BadSample as error:
+            rejects.append(Reject(sample.shard, sample.key, error.reason, error.detail))
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _stats_of(out: Path, shard: str) -> dict[str, Any] | None:
+    """The stats of a shard that is done: they are written last."""
+    path = out / f"{shard_name(shard)}_stats.json"
+    return json.loads(path.read_bytes()) if path.is_file() else None
+
+
+def _count(shards: list[str]) -> int | None:
+    """Images in all shards, from the stats that img2dataset and recap write beside them; None where one is missing."""
+    total = 0
+    for shard in shards:
+        stats = Path(shard.removesuffix(".tar") + "_stats.json")
+        try:
+            found = json.loads(stats.read_bytes())
+            total += found.get("images_out", found.get("successes", found.get("count")))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+    return total
+
+
+def _reasons(stats: dict[str, Any]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in stats["quarantined"].items())

@@ -1,0 +1,115 @@
+"""A stage's folder: `config.json` first, `log.jsonl` while it runs, `done.json` last.
+
+Stages meet only in files. A stage is done when its `done.json` is there and bears the fingerprint of what the stage
+would read now; a folder with another fingerprint is never mixed with new results.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from recap.shards import write_json
+
+State = Literal["done", "begun", "new", "changed"]
+
+
+def digest(content: Any) -> str:
+    """A short stable hash of JSON-like content."""
+    text = json.dumps(content, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if isinstance(value, BaseModel) else str(value)
+
+
+def folder_identity(path: Path) -> list[list[Any]]:
+    """Names, sizes and times of the files below a folder (a checkpoint, a folder of images)."""
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def hash_files(path: Path) -> str:
+    """SHA-256 over names and contents of the files in a folder: what a result says it was made with."""
+    whole = hashlib.sha256()
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        whole.update(str(file.relative_to(path)).encode())
+        with open(file, "rb") as content:
+            whole.update(hashlib.file_digest(content, "sha256").digest())
+    return whole.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class StageDir:
+    """The folder of one stage of one run."""
+
+    path: Path
+    reads: dict[str, Any]
+    """All that the stage reads, and nothing else: its tables, its inputs, its checkpoints. JSON-like."""
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.reads)
+
+    def state(self) -> State:
+        found = _read(self.path / "config.json")
+        if found is None:
+            return "new"
+        if found.get("fingerprint") != self.fingerprint:
+            return "changed"
+        return "done" if _read(self.path / "done.json") is not None else "begun"
+
+    def changes(self) -> list[str]:
+        """Which values differ from those the folder was begun with: `train.lr: 1e-05 → 2e-05`."""
+        before = _flat((_read(self.path / "config.json") or {}).get("reads", {}))
+        now = _flat(json.loads(json.dumps(self.reads, default=_plain)))
+        return [f"{key}: {before.get(key)} → {now.get(key)}" for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)]
+
+    def begin(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        reads = json.loads(json.dumps(self.reads, default=_plain))
+        write_json(str(self.path / "config.json"), {"fingerprint": self.fingerprint, "reads": reads})
+
+    def log(self, **event: Any) -> None:
+        """Append one line to `log.jsonl`. A line is one write, so a kill can only cut the last."""
+        line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False) + "\n"
+        with open(self.path / "log.jsonl", "ab", buffering=0) as file:
+            file.write(line.encode())
+
+    def finish(self, result: dict[str, Any]) -> None:
+        write_json(str(self.path / "done.json"), {"fingerprint": self.fingerprint, **result})
+
+    def result(self) -> dict[str, Any]:
+        return _read(self.path / "done.json") or {}
+
+    def clear(self) -> None:
+        """Delete the stage's folder; the marker goes first, so that half a deletion is not taken for a finished stage."""
+        for marker in ("done.json", "config.json"):
+            (self.path / marker).unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        os.replace(path, path.with_suffix(".broken"))  # never written by us: written files are whole
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {key: leaf for name, child in value.items()
+            for key, leaf in _flat(child, f"{prefix}.{name}" if prefix else str(name)).items()}

@@ -1,0 +1,126 @@
+"""One image with all that its shard says of it."""
+
+import io
+import json
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image, ImageOps
+
+from recap.errors import BadSample
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Only these decoders are ever given web bytes: Pillow's others (EPS among them) run programs or parse far more than we need.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_IMAGE_PIXELS = 100_000_000
+MAX_TEXT_BYTES = 100_000
+
+
+@dataclass(slots=True)
+class Sample:
+    """A sample of a webdataset shard: the members that share a key, as bytes, in the order of the file."""
+
+    shard: str
+    """Name of the shard without folder and `.tar`."""
+    key: str
+    """Unique within its shard only: two shards may both hold a `000000000`."""
+    members: dict[str, bytes]
+    """Extension (`jpg`, `txt`, `short.txt`) → content."""
+
+    @property
+    def uid(self) -> str:
+        """Unique within a data set; what per-sample randomness is seeded with."""
+        return f"{self.shard}/{self.key}"
+
+    @property
+    def image_bytes(self) -> bytes:
+        """The encoded image; `BadSample` where there is none, or more than one."""
+        found = [ext for ext in self.members if ext.lower() in IMAGE_EXTENSIONS]
+        if not found:
+            raise BadSample("missing_image", f"only {', '.join(self.members) or 'nothing'}")
+        if len(found) > 1:
+            raise BadSample("several_images", ", ".join(found))
+        return self.members[found[0]]
+
+    def image(self) -> Image.Image:
+        """The decoded image: RGB, upright, one frame."""
+        return decode_image(self.image_bytes)
+
+    def caption(self, kind: str) -> str | None:
+        """The caption of one kind, or None. `alt` is the alt-text `KEY.txt`; any other kind is `KEY.KIND.txt`."""
+        data = self.members.get("txt" if kind == "alt" else f"{kind}.txt")
+        return None if data is None else decode_text(data, kind)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The content of `KEY.json`; empty where there is none. `BadSample` where it is not a JSON object."""
+        try:
+            found = json.loads(self.members.get("json", b"{}"))
+        except (ValueError, RecursionError) as error:
+            raise BadSample("bad_metadata", str(error)) from error
+        if not isinstance(found, dict):
+            raise BadSample("bad_metadata", f"a JSON {type(found).__name__}, not an object")
+        return found
+
+    def check(self, alt_text: Literal["required", "optional"]) -> Image.Image:
+        """Decode what every stage relies on, and return the image; `BadSample` says what is wrong."""
+        image = self.image()
+        self.metadata  # noqa: B018  (read for its check)
+        if alt_text == "required" and not self.caption("alt"):
+            raise BadSample("missing_alt_text" if "txt" not in self.members else "empty_alt_text")
+        return image
+
+
+def decode_text(data: bytes, kind: str = "caption") -> str:
+    """Bytes of a caption file → its text, white space collapsed. `BadSample` where it is not text."""
+    name = "alt_text" if kind == "alt" else "caption"
+    if len(data) > MAX_TEXT_BYTES:
+        raise BadSample(f"oversized_{name}", f"{len(data):,} bytes in the {kind} text")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadSample(f"binary_{name}", f"the {kind} text is not UTF-8 at byte {error.start}") from error
+    if "\x00" in text:
+        raise BadSample(f"binary_{name}", f"a NUL byte in the {kind} text")
+    return " ".join(text.split())
+
+
+def decode_image(data: bytes) -> Image.Image:
+    """Encoded image → RGB `PIL.Image`, first frame, EXIF orientation applied, transparency on white.
+
+    Raises:
+        BadSample: `undecodable_image`, or `oversized_image` above MAX_IMAGE_PIXELS (a decompression bomb).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and ICC data; the pixels decide
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+            if image.width * image.height > MAX_IMAGE_PIXELS:
+                raise BadSample("oversized_image", f"{image.width}×{image.height} pixels")
+            image.load()
+            return _on_white(_upright(image))
+    except Image.DecompressionBombError as error:
+        raise BadSample("oversized_image", str(error)) from error
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
+            MemoryError, struct.error, zlib.error) as error:  # what Pillow raises on malformed bytes
+        raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # noqa: BLE001  (malformed EXIF costs the orientation, not the image)
+        return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode.startswith("I;16"):  # convert("RGB") would clip 16-bit grey to white
+        return image.point(lambda value: value / 256).convert("L").convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,274 @@
+"""Reading and atomic writing of webdataset shards, local or remote.
+
+A shard is a tar whose neighbouring members share a key: `KEY.jpg KEY.txt KEY.json`. What is written is deterministic
+(no time, no owner), so equal samples give equal bytes; and atomic, so a shard under its final name is whole.
+"""
+
+import glob
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO, Any, Self
+
+import fsspec
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from recap.errors import UserError
+from recap.sample import Sample
+
+MAX_MEMBER_BYTES = 256 * 2**20
+# As webdataset splits names: the key ends at the first dot of the file's own name.
+KEY_AND_EXTENSION = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]+)$", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A sample that was not used, and why."""
+
+    shard: str
+    key: str
+    reason: str
+    detail: str = ""
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def expand(patterns: str | Iterable[str], where: str = "data.shards") -> list[str]:
+    """Patterns → the shards they name, each once, in order. Braces (`{00000..00009}`) and globs; local paths or URLs.
+
+    Raises:
+        UserError: a pattern that names nothing, a file that is not there, or two shards of one name (outputs and
+            seeds go by the name).
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise UserError(f"{where} is empty: give at least one shard, e.g. {where}='shards/*.tar'")
+    urls = [url for pattern in patterns for url in _expand_one(pattern, where)]
+    by_name: dict[str, str] = {}
+    for url in urls:
+        other = by_name.setdefault(shard_name(url), url)
+        if other != url:
+            raise UserError(f"{where}: {other} and {url} share the name {shard_name(url)!r}: rename one of them")
+    return list(by_name.values())
+
+
+def _expand_one(pattern: str, where: str) -> list[str]:
+    try:
+        names = list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        raise UserError(f"{where}: the braces of {pattern!r} do not close: write e.g. '{{00000..00009}}.tar'") from None
+    urls: list[str] = []
+    for name in names:
+        found = _glob(name) if any(c in name for c in "*?[") else [name]
+        if not found or (len(found) == 1 and found[0] == name and not exists(name)):
+            raise UserError(f"{where}: nothing at {name}: check the path" + (f" (from {pattern})" if name != pattern else ""))
+        urls += found
+    return urls
+
+
+def _glob(pattern: str) -> list[str]:
+    if is_local(pattern):
+        return sorted(glob.glob(pattern))
+    fs, path = fsspec.core.url_to_fs(pattern)
+    return sorted(fs.unstrip_protocol(found) for found in fs.glob(path))
+
+
+def shard_name(url: str) -> str:
+    """`s3://bucket/00000.tar` → `00000`."""
+    return PurePosixPath(url).name.removesuffix(".tar")
+
+
+def is_local(url: str) -> bool:
+    return "://" not in url
+
+
+def exists(url: str) -> bool:
+    if is_local(url):
+        return os.path.isfile(url)
+    fs, path = fsspec.core.url_to_fs(url)
+    return bool(fs.exists(path))
+
+
+def identity(url: str) -> list[str | int]:
+    """What tells one version of a file from another without reading it: name, size, and time or etag."""
+    if is_local(url):
+        stat = os.stat(url)
+        return [PurePosixPath(url).name, stat.st_size, stat.st_mtime_ns]
+    fs, path = fsspec.core.url_to_fs(url)
+    info = fs.info(path)
+    return [PurePosixPath(url).name, int(info.get("size") or -1), str(info.get("ETag") or info.get("mtime") or "")]
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_shard(url: str, rejects: list[Reject]) -> Iterator[Sample]:
+    """Stream the samples of a shard, in file order; what is malformed is appended to `rejects`.
+
+    A truncated shard gives the samples before the cut; the sample at the cut is rejected as `truncated_shard`.
+    """
+    shard = shard_name(url)
+    seen: set[str] = set()
+    key, members, faults = "", {}, []  # type: str, dict[str, bytes], list[tuple[str, str]]
+
+    def finish() -> Iterator[Sample]:
+        if key in seen:
+            rejects.append(Reject(shard, key, "duplicate_key"))
+        elif faults:
+            rejects.append(Reject(shard, key, *faults[0]))
+        elif key:
+            yield Sample(shard, key, members)
+        seen.add(key)
+
+    for name, content, fault in _read_members(url):
+        found = KEY_AND_EXTENSION.match(name)
+        member_key, extension = (found[1], found[2]) if found else (name, "")
+        if member_key != key:
+            if key:
+                yield from finish()
+            key, members, faults = member_key, {}, []
+        fault = fault or _name_fault(name, extension, members)
+        if fault:
+            faults.append(fault)
+        else:
+            members[extension] = content
+    if key:
+        yield from finish()
+
+
+def _name_fault(name: str, extension: str, members: dict[str, bytes]) -> tuple[str, str] | None:
+    if not extension:
+        return "no_extension", name
+    if name.startswith("/") or ".." in name.split("/"):
+        return "unsafe_key", f"{name!r} would be extracted outside its folder"
+    if extension in members:
+        return "duplicate_member", name
+    return None
+
+
+def _read_members(url: str) -> Iterator[tuple[str, bytes, tuple[str, str] | None]]:
+    """Yield (name, content, fault) for every member that is not a folder."""
+    name = ""
+    try:
+        with fsspec.open(url, "rb") as file:
+            stream = _Tail(file)
+            try:
+                with tarfile.open(fileobj=stream, mode="r|") as tar:
+                    for info in tar:
+                        name = info.name
+                        if info.isdir():
+                            continue
+                        if not info.isfile():
+                            yield name, b"", ("not_a_file", "a link or a device")
+                        elif info.size > MAX_MEMBER_BYTES:
+                            yield name, b"", ("oversized_member", f"{info.size:,} bytes in {name}")
+                        else:
+                            yield name, tar.extractfile(info).read(), None  # type: ignore[union-attr]
+                stream.drain()
+                if any(stream.last):
+                    raise tarfile.ReadError("no end-of-archive mark")
+            except (tarfile.TarError, EOFError, ValueError) as error:
+                yield name or shard_name(url), b"", ("truncated_shard", f"{error}, at byte {stream.position:,} of {url}")
+    except FileNotFoundError:
+        raise UserError(f"no shard at {url}: it was there when the run began; put it back and run again") from None
+
+
+class _Tail:
+    """A reader that remembers how far it got and the last 512 bytes; a whole tar ends in a block of zeros."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.position, self.last = file, 0, b""
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.position += len(data)
+        self.last = (self.last + data)[-512:]
+        return data
+
+    def drain(self) -> None:
+        while self.read(2**20):
+            pass
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Write a shard under a temporary name; leaving the `with` block without an error gives it its final one."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._temporary = temporary(url)
+        self._file = open(self._temporary, "wb")  # noqa: SIM115  (closed in __exit__)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+
+    def write(self, sample: Sample) -> None:
+        for extension, content in sample.members.items():
+            info = tarfile.TarInfo(f"{sample.key}.{extension}")  # its defaults: time 0, owner 0
+            info.size = len(content)
+            self._tar.addfile(info, io.BytesIO(content))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._tar.close()
+            sync(self._file)
+        self._file.close()
+        if kind is None:
+            publish(self._temporary, self.url)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def write_bytes(url: str, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    path = temporary(url)
+    with open(path, "wb") as file:
+        file.write(data)
+        sync(file)
+    publish(path, url)
+
+
+def write_json(url: str, content: Any) -> None:
+    write_bytes(url, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_rejects(url: str, rejects: list[Reject]) -> None:
+    """A quarantine file: one JSON object a line (shard, key, reason, detail)."""
+    # Keys come from the web and may hold lone surrogates, which only the escaped form can carry.
+    write_bytes(url, "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects).encode())
+
+
+def temporary(url: str) -> Path:
+    """Where to build `url` before it is published. A second try overwrites what a killed one left."""
+    if is_local(url):
+        path = Path(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.with_name(f".{path.name}.tmp")
+    return Path(tempfile.mkdtemp(prefix="recap-")) / PurePosixPath(url).name
+
+
+def sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def publish(path: Path, url: str) -> None:
+    """Give a finished local file its final name: a rename, or one put to remote storage."""
+    if is_local(url):
+        os.replace(path, url)
+        return
+    fs, target = fsspec.core.url_to_fs(url)
+    fs.put_file(str(path), target)
+    shutil.rmtree(path.parent)

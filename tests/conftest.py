@@ -1,0 +1,46 @@
+"""What the tests share: tiny checkpoints of the real classes, drawn shards, and the real data where it is there."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub; and what is offline fails at once, without retries
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real photos, prompts and captions beside the checkout (see their SOURCES.md)."""
+    if not SHARED_DATA.is_dir():
+        if os.environ.get("RECAP_REQUIRE_DATA") == "1":
+            pytest.fail(f"RECAP_REQUIRE_DATA=1, but there is no {SHARED_DATA}")
+        pytest.skip("needs ../shared/data (real photos, prompts, captions)")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def world_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Randomly initialised tiny checkpoints: blip2, stable-diffusion, detr, clip, features."""
+    from recap.world.init import init
+    out = tmp_path_factory.mktemp("world") / "models"
+    init(out, size=64, seed=0)
+    return out
+
+
+@pytest.fixture(scope="session")
+def world_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn scenes: train/*.tar (48 images), eval/*.tar (16), prompts.txt."""
+    from recap.world.draw import draw
+    out = tmp_path_factory.mktemp("world") / "shards"
+    draw(out, num_images=48, num_eval=16, size=64, seed=0)
+    return out
+
+
+def recap(*arguments: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the installed command."""
+    return subprocess.run([str(Path(sys.executable).with_name("recap")), *arguments], cwd=cwd, capture_output=True,
+                          text=True, timeout=timeout)

@@ -1,0 +1,154 @@
+"""Shards: reading streams whatever is there, writing is deterministic and atomic."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recap.errors import UserError
+from recap.sample import Sample
+from recap.shards import Reject, ShardWriter, expand, read_shard, write_bytes
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes]], **options: object) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def read(path: Path) -> tuple[list[Sample], list[Reject]]:
+    rejects: list[Reject] = []
+    return list(read_shard(str(path), rejects)), rejects
+
+
+def reasons(path: Path) -> list[tuple[str, str]]:
+    return [(reject.key, reject.reason) for reject in read(path)[1]]
+
+
+names = st.text("abcXYZ0123456789_-é", min_size=1, max_size=120)
+contents = st.dictionaries(st.sampled_from(["jpg", "txt", "json", "short.txt", "PNG"]), st.binary(max_size=600), min_size=1)
+
+
+@given(st.dictionaries(names, contents, max_size=5))
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, dict[str, bytes]]) -> None:
+    path = tmp_path_factory.mktemp("shards") / "00000.tar"
+    wanted = [Sample("00000", key, members) for key, members in samples.items()]
+    with ShardWriter(str(path)) as writer:
+        for sample in wanted:
+            writer.write(sample)
+    found, rejects = read(path)
+    assert found == wanted
+    assert [list(sample.members) for sample in found] == [list(sample.members) for sample in wanted]
+    assert not rejects
+
+
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with ShardWriter(str(tmp_path / name / "00000.tar")) as writer:
+            writer.write(Sample("00000", "1", {"jpg": b"x" * 700, "txt": b"cat"}))
+    assert (tmp_path / "a" / "00000.tar").read_bytes() == (tmp_path / "b" / "00000.tar").read_bytes()
+
+
+def test_an_error_while_writing_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(str(tmp_path / "00000.tar")) as writer:
+        writer.write(Sample("00000", "1", {"jpg": b"x"}))
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    write_bytes(str(tmp_path / "deep" / "a.json"), b"old")
+    write_bytes(str(tmp_path / "deep" / "a.json"), b"new")
+    assert [(f.name, f.read_bytes()) for f in (tmp_path / "deep").iterdir()] == [("a.json", b"new")]
+
+
+def test_the_key_ends_at_the_first_dot_of_the_name(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "0.tar", [("a.b/1.short.txt", b"x"), ("a.b/1.jpg", b"y")])
+    assert read(path)[0] == [Sample("0", "a.b/1", {"short.txt": b"x", "jpg": b"y"})]
+
+
+@pytest.mark.parametrize(("members", "expected"), [
+    ([("1.jpg", b""), ("2.jpg", b""), ("1.jpg", b"")], [("1", "duplicate_key")]),
+    ([("1.jpg", b""), ("1.jpg", b"")], [("1", "duplicate_member")]),
+    ([("../1.jpg", b"")], [("../1", "unsafe_key")]),
+    ([("/etc/1.jpg", b"")], [("/etc/1", "unsafe_key")]),
+    ([("README", b"")], [("README", "no_extension")]),
+])
+def test_a_malformed_sample_is_rejected_with_its_reason(tmp_path: Path, members: list[tuple[str, bytes]],
+                                                        expected: list[tuple[str, str]]) -> None:
+    path = make_tar(tmp_path / "0.tar", [*members, ("9.jpg", b"good")])
+    assert reasons(path) == expected
+    assert read(path)[0][-1].key == "9"  # and the rest is read
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo("1.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    assert reasons(tmp_path / "0.tar") == [("1", "not_a_file")]
+
+
+@given(st.integers(1, 10_239))
+def test_a_shard_cut_anywhere_gives_what_was_before_the_cut(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
+    folder = tmp_path_factory.mktemp("cut")
+    whole = make_tar(folder / "whole.tar", [(f"{i}.jpg", bytes([i + 1]) * 900) for i in range(4)])
+    (folder / "cut.tar").write_bytes(whole.read_bytes()[:length])
+    samples, rejects = read(folder / "cut.tar")
+    assert all(sample.members["jpg"] == bytes([int(sample.key) + 1]) * 900 for sample in samples)
+    ended = 4 * (512 + 1024)  # 4 headers with their data; then the zeros that end a tar
+    assert len(samples) + len(rejects) >= min(4, length // (512 + 1024))
+    if length < ended + 512:
+        assert [reject.reason for reject in rejects] == ["truncated_shard"]
+    else:
+        assert len(samples) == 4 and not rejects
+
+
+def test_bytes_that_are_no_tar_are_one_reject(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").write_bytes(b"<html>404 not found</html>" * 50)
+    assert reasons(tmp_path / "0.tar") == [("0", "truncated_shard")]
+    (tmp_path / "1.tar").write_bytes(b"")
+    assert reasons(tmp_path / "1.tar") == [("1", "truncated_shard")]
+
+
+def test_patterns_expand_in_order_and_once(tmp_path: Path) -> None:
+    for name in ("00000", "00001", "00002"):
+        make_tar(tmp_path / f"{name}.tar", [])
+    assert expand([f"{tmp_path}/0000{{1..2}}.tar", f"{tmp_path}/*.tar"]) == [
+        f"{tmp_path}/{name}.tar" for name in ("00001", "00002", "00000")]
+
+
+@pytest.mark.parametrize("pattern", ["no/such.tar", "no/*.tar", "no/{00000..00001}.tar", "no/{0", ""])
+def test_a_pattern_that_names_nothing_is_an_error_in_one_line(pattern: str) -> None:
+    with pytest.raises(UserError, match="data.shards") as caught:
+        expand(pattern or [])
+    assert "\n" not in str(caught.value)
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        make_tar(tmp_path / folder / "00000.tar", [])
+    with pytest.raises(UserError, match="share the name '00000'"):
+        expand(f"{tmp_path}/*/00000.tar")
+
+
+def test_remote_shards_are_read_and_written_through_fsspec() -> None:
+    with ShardWriter("memory://bucket/00000.tar") as writer:
+        writer.write(Sample("00000", "1", {"jpg": b"x"}))
+    rejects: list[Reject] = []
+    assert list(read_shard("memory://bucket/00000.tar", rejects)) == [Sample("00000", "1", {"jpg": b"x"})]
+    assert expand("memory://bucket/*.tar") == ["memory:///bucket/00000.tar"]
+
+
+def test_real_shards_are_read_whole(shared_data: Path) -> None:
+    found = [read(path) for path in sorted((shared_data / "photos").glob("*.tar"))]
+    assert sum(len(samples) for samples, _ in found) == 1824
+    assert not any(rejects for _, rejects in found)

@@ -1,0 +1,1 @@
+"""Relabelled shards → a fine-tuned diffusers pipeline."""
