@@ -5,6 +5,7 @@ without a prefix, and its name says so. CLIP reads 77 tokens: a longer text is s
 end counts as much as its beginning.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -49,9 +50,7 @@ class ClipScorer:
         self._model.eval()
         self._device = device
         self.context_length = int(self._tokenizer.context_length)
-        source = model.removeprefix(HUB) if folder.parent.name == "snapshots" else folder.name
-        version = f"@{folder.name[:12]}" if folder.parent.name == "snapshots" else ""
-        self.name = f"open_clip {source}{version}, {SCALE}, no prefix, long texts by sentence"
+        self.name = f"open_clip {_version(model, folder)}, {SCALE}, no prefix, long texts by sentence"
         """Model, version and scale, for the report."""
 
     @torch.no_grad()
@@ -123,6 +122,15 @@ def _folder(model: str, revision: str) -> Path:
                                                       "vocab*", "merges.txt", "special_tokens_map.json"]))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot fetch {model} from the hub: {_one_line(error)}") from error
+
+
+def _version(model: str, folder: Path) -> str:
+    """Hub id and commit, or name and hash of the weights in a folder."""
+    if folder.parent.name == "snapshots":
+        return f"{model.removeprefix(HUB)}@{folder.name[:12]}"
+    weights = next(folder / name for name in WEIGHTS if (folder / name).is_file())
+    with open(weights, "rb") as file:
+        return f"{folder.resolve().name}@{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
 
 def _check(folder: Path) -> None:

@@ -20,14 +20,15 @@ PROMPTS_FILE = "prompts.jsonl"
 
 
 def run(stage: StageDir, pipeline: Model, where: str, config: Generate, arm: str, device: str) -> dict[str, Any]:
-    """Draw prompt i of the config's to `stage.path/0000i.png`, and list them in `prompts.jsonl` (index, prompt, seed, windows).
+    """Draw prompt i to `stage.path/0000i.png`, and list the prompts in `prompts.jsonl` (index, prompt, seed, windows).
 
     To resume, run the same again. A batch with a missing picture is drawn whole: which prompts share a batch is fixed
     by the plan, so an interruption cannot change a pixel.
 
     Args:
         stage: begun by the caller, whose fingerprint covers prompts, pipeline and config.
-        pipeline: hub id or diffusers folder of the arm; `where` names its table for messages.
+        pipeline: hub id or diffusers folder of the arm.
+        where: the table that names it, for messages.
         config: prompts, steps, guidance, seed, batch size.
         arm: its name, for the bar.
         device: a torch device.

@@ -28,8 +28,8 @@ def paired_difference(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.n
         num_resamples: of each kind.
 
     Returns:
-        `difference` (mean of a − b), `ci` [low, high], `p` (two-sided), and `verdict`: "better" or "worse" (A than B) if
-        the interval excludes 0 and p < 0.05, else "can't tell".
+        `difference` (mean of a − b), `ci` [low, high], `p` (two-sided), and `verdict`: "better" or "worse" (A than B)
+        if the interval excludes 0 and p < 0.05, else "can't tell".
 
     Raises:
         ValueError: the two differ in length, are empty, or hold what is not a finite number.

@@ -10,6 +10,7 @@ import typer
 
 from recap import __version__
 from recap.errors import UserError
+from recap.world.cli import app as world
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   context_settings={"help_option_names": ["-h", "--help"]},
@@ -17,15 +18,21 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                        "and show in one report whether it helped.")
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="The experiment, a TOML file; see configs/.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[TABLE.KEY=VALUE]…", help="Values that override the file's.")]
-Redo = Annotated[bool, typer.Option("--redo", help="Delete and make again what was made with other settings or inputs.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check the file and print the stages; read no weights, write nothing.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[TABLE.KEY=VALUE]…", help="Values that override the file's.")]
+Redo = Annotated[
+    bool, typer.Option("--redo", help="Delete and make again what was made with other settings or inputs.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check the file and print the stages; read no weights, write nothing.")]
 
 
 @app.command("run")
 def run_all(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = False, redo: Redo = False) -> None:
     """Every stage of an experiment, skipping what is done. To resume, run the same command again."""
     _run(None, config, overrides, dry_run, redo)
+
+
+app.add_typer(world, name="world")
 
 
 def _add_stage(verb: str, summary: str) -> None:
@@ -69,11 +76,6 @@ def config(config: ConfigFile, overrides: Overrides = None) -> None:
 def version() -> None:
     """Print the version."""
     print(f"recap {__version__}")
-
-
-@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []}, add_help_option=False)
-def world(context: typer.Context) -> None:
-    """The embedded default: drawn scenes and tiny checkpoints (`recap world draw`, `recap world init`)."""
 
 
 def fail(message: str) -> NoReturn:

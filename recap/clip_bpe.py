@@ -4,7 +4,7 @@ import gzip
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recap.errors import UserError
 
@@ -29,7 +29,7 @@ def clip_tokenizer() -> "CLIPTokenizer":
     """
     from transformers import CLIPTokenizer
 
-    merges = _merges(bpe_file())
+    merges: Any = _merges(bpe_file())  # transformers annotates them as strings and reads pairs
     symbols = _byte_symbols()
     pieces = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), BOS, EOS]
     vocab = {piece: index for index, piece in enumerate(pieces)}

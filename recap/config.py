@@ -1,4 +1,4 @@
-"""TOML → typed tables. Defaults < file < `a.b=c` on the command line; an unknown key is an error that names the nearest.
+"""TOML → typed tables. Defaults < file < `a.b=c` on the command line; an unknown key is an error naming the nearest.
 
 A table is a pydantic model beside the code that it configures: recap's own are below, `train_t2i/config.py` and
 `eval/config.py` hold theirs, and `recap/pipeline.py` joins them into one experiment. Nothing heavy is imported here.

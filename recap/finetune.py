@@ -113,8 +113,9 @@ def _train_step(captioner: Captioner, batch: list[Pair], styles: dict[str, Style
         (loss * len(part) / len(batch)).backward()
         total += loss.item() * len(part) / len(batch)
     if not math.isfinite(total):
-        raise UserError(f"finetune: the loss is {total} at step {step + 1}, with {', '.join(pair.uid for pair in batch[:4])}…: "
-                        "lower finetune.lr; the last good checkpoint is kept")
+        keys = ", ".join(pair.uid for pair in batch[:4])
+        raise UserError(f"finetune: the loss is {total} at step {step + 1}, with {keys}…: lower finetune.lr; "
+                        "the last good checkpoint is kept")
     for group in optimizer.param_groups:
         group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
     optimizer.step()
@@ -130,7 +131,7 @@ def _log(stage: StageDir, step: int, losses: list[float], batch: list[Pair], bar
 
 
 def _save(folder: Path, step: int, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    tensors = (checkpoint.with_prefix("model", {name: p.data for name, p in parameters.items()})
+    tensors = (checkpoint.with_prefix("model", parameters)
                | checkpoint.with_prefix("optimizer", checkpoint.optimizer_tensors(optimizer)))
     checkpoint.save(folder, tensors, {"step": step})
 
@@ -153,6 +154,7 @@ def _finish(stage: StageDir, captioner: Captioner, pairs: list[Pair], num_cut: i
     captioner.save(temporary)
     checkpoint.publish(temporary, stage.path / "adapter")
     checkpoint.remove(stage.path)
-    return {"steps": config.steps, "images": len({pair.uid for pair in pairs}), "pairs": len(pairs), "captions_cut": num_cut,
+    return {"steps": config.steps, "images": len({pair.uid for pair in pairs}), "pairs": len(pairs),
+            "captions_cut": num_cut,
             "trainable_parameters": sum(p.numel() for p in captioner.trainable().values()),
             "adapter": hash_files(stage.path / "adapter")}

@@ -12,7 +12,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,46 +67,71 @@ class Experiment(Table):
         for arm in self.arms:
             if arm not in self.arm:
                 near = difflib.get_close_matches(arm, self.arm, n=1)
-                raise ValueError(f"arms: no arm {arm!r}" + (f": did you mean {near[0]}?" if near else
-                                                             f": define it as [arm.{arm}], or choose of {', '.join(self.arm)}"))
+                hint = f"did you mean {near[0]}?" if near else f"define [arm.{arm}], or take {', '.join(self.arm)}"
+                raise ValueError(f"arms: no arm {arm!r}: {hint}")
         if unknown := sorted(set(self.relabel.mix) - set(self.styles)):
             raise ValueError(f"relabel.mix: no style {unknown[0]!r}: the styles are {', '.join(self.styles)}")
         return self
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Stage:
     """A unit of the run: its folder, and the function that fills it."""
 
     verb: str
     """The command that runs it alone."""
-    dir: StageDir
+    path: Path
+    reads: Callable[[], dict[str, Any]]
+    """What the fingerprint covers. Called late: one stage alone needs no more of the file than its own inputs."""
     work: Callable[[StageDir], dict[str, Any]]
-    needs: list["Stage"] = field(default_factory=list)
+    needs: list["Stage"]
+
+    @cached_property
+    def dir(self) -> StageDir:
+        return StageDir(self.path, self.reads())
+
+
+@dataclass
+class Inputs:
+    """Shards, or other files, that patterns of the experiment file name; looked for when first asked for."""
+
+    patterns: str | list[str]
+    where: str
+
+    @cached_property
+    def urls(self) -> list[str]:
+        return expand(self.patterns, self.where)
+
+    @cached_property
+    def identity(self) -> list[Any]:
+        """What tells one version of the files from another."""
+        if isinstance(self.patterns, str) and Path(self.patterns).is_dir():
+            return folder_identity(Path(self.patterns))
+        return [identity(url) for url in self.urls]
 
 
 def run(exp: Experiment, verb: str | None = None, redo: bool = False) -> None:
     """Do what is not yet done: every stage, or those of one verb."""
-    plan = Plan(exp)
-    chosen = [stage for stage in plan.stages() if verb in (None, stage.verb)]
+    chosen = [stage for stage in Plan(exp).stages() if verb in (None, stage.verb)]
     if not chosen:
         raise UserError(f"nothing to {verb}: this experiment names that stage's result itself")
+    for stage in chosen:
+        stage.dir  # noqa: B018  (what is missing is said now, not after hours of the stages before)
     for place, stage in enumerate(chosen, 1):
-        _do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", verb, redo)
-    table = chosen[-1].dir.result().get("table")
-    if table:
-        print(table)
-        print(f"\nThe report: {chosen[-1].dir.path / 'index.html'}")
+        _do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", redo)
+    if table := chosen[-1].dir.result().get("table"):
+        print(f"\n{table}\n\nThe report: {chosen[-1].path / 'index.html'}")
 
 
-def _do(stage: Stage, label: str, verb: str | None, redo: bool) -> None:
+def _do(stage: Stage, label: str, redo: bool) -> None:
     state = stage.dir.state()
     if state == "done":
         progress.say(f"{label}: done before")
         return
     for need in stage.needs:
         if need.dir.state() != "done":
-            raise UserError(f"{verb}: {need.dir.path} is not done: run `recap {need.verb} -c …` first, or `recap run -c …`")
+            raise UserError(f"{stage.verb}: {need.path} is not done: run `recap {need.verb} -c …` first, "
+                            "or `recap run -c …`")
     if state == "changed":
         _refuse_or_clear(stage, redo)
     progress.say(label)
@@ -121,33 +147,37 @@ def _refuse_or_clear(stage: Stage, redo: bool) -> None:
     if not redo:
         changes = stage.dir.changes()
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
-        raise UserError(f"{stage.dir.path} was made with other settings or inputs ({changes[0]}{more}): "
+        raise UserError(f"{stage.path} was made with other settings or inputs ({changes[0]}{more}): "
                         "give the run another name=…, or --redo to delete that result and make it again")
-    progress.say(f"    {stage.dir.path} was made with other settings: deleted, made again")
+    progress.say(f"    {stage.path} was made with other settings: deleted, made again")
     stage.dir.clear()
 
 
 def dry_run(exp: Experiment) -> None:
     """Print what a run would do. Reads no weights; what is not there yet is said, and is no error."""
-    plan = Plan(exp, tolerant=True)
-    words = {"done": "done before", "begun": "goes on", "new": "to do", "changed": "made with other settings: needs --redo"}
-    for stage in plan.stages():
-        print(f"{_label(exp, stage):<32} {words[stage.dir.state()]}")
-    for missing in dict.fromkeys(plan.missing):
-        progress.warn(missing)
+    words = {"done": "done before", "begun": "goes on", "new": "to do",
+             "changed": "made with other settings: needs --redo"}
+    missing: dict[str, None] = {}
+    for stage in Plan(exp).stages():
+        try:
+            print(f"{_label(exp, stage):<32} {words[stage.dir.state()]}")
+        except UserError as error:
+            print(f"{_label(exp, stage):<32} waits for its inputs")
+            missing[str(error)] = None
+    for message in missing:
+        progress.warn(message)
 
 
 def _label(exp: Experiment, stage: Stage) -> str:
-    return str(stage.dir.path.relative_to(Path(exp.runs) / exp.name))
+    return str(stage.path.relative_to(Path(exp.runs) / exp.name))
 
 
 class Plan:
-    """The stages of an experiment. Each method makes one and says what it reads."""
+    """The stages of an experiment. Each method makes one: where it writes, what it reads, what fills it."""
 
-    def __init__(self, exp: Experiment, tolerant: bool = False) -> None:
-        self.exp, self.tolerant = exp, tolerant
+    def __init__(self, exp: Experiment) -> None:
+        self.exp = exp
         self.root = Path(exp.runs) / exp.name
-        self.missing: list[str] = []
 
     def stages(self) -> list[Stage]:
         exp = self.exp
@@ -171,123 +201,99 @@ class Plan:
                 scored.append((seed, arm, generate, evaluate))
         return [*found, self.report(stitch, finetune, relabel, scored)]
 
-    # Each of these: which folder, what it reads, what fills it.
-
     def stitch(self) -> Stage:
-        config = self.exp.stitch
-        shards, inputs = self._shards(config.shards or self.exp.data.shards, "stitch.shards" if config.shards else "data.shards")
-        reads = {"stitch": config, "styles": list(self.exp.styles), "alt_text": self.exp.data.alt_text, "inputs": inputs,
-                 "checkpoint": self._checkpoint(config.detr, "stitch.detr") if "detr" in config.experts else None}
-        return self._stage("stitch", "stitch", reads, [], "recap.stitch:run",
-                           lambda: (shards, config, self.exp.styles, self.exp.data, self.device))
+        exp, config = self.exp, self.exp.stitch
+        inputs = self._shards(config.shards, "stitch.shards")
+        return self._stage("stitch", "stitch", "recap.stitch:run", [], lambda: {
+            "stitch": config, "styles": list(exp.styles), "alt_text": exp.data.alt_text, "inputs": inputs.identity,
+            "checkpoint": _checkpoint(config.detr, "stitch.detr") if "detr" in config.experts else None,
+        }, lambda: (inputs.urls, config, exp.styles, exp.data, self.device))
 
     def finetune(self, stitch: Stage | None) -> Stage:
         exp = self.exp
-        given, inputs = self._shards(exp.finetune.shards, "finetune.shards") if stitch is None else ([], stitch.dir.fingerprint)
-        reads = {"finetune": exp.finetune, "styles": exp.styles, "captioner": exp.captioner, "inputs": inputs,
-                 "checkpoint": self._checkpoint(exp.captioner, "captioner")}
-        return self._stage("finetune", "captioner", reads, [stitch], "recap.finetune:run",
-                           lambda: (given or _written(stitch), exp.finetune, exp.captioner, exp.styles, self.device))
+        inputs = self._shards(exp.finetune.shards, "finetune.shards")
+        return self._stage("finetune", "captioner", "recap.finetune:run", [stitch], lambda: {
+            "finetune": exp.finetune, "styles": exp.styles, "captioner": exp.captioner,
+            "inputs": stitch.dir.fingerprint if stitch else inputs.identity,
+            "checkpoint": _checkpoint(exp.captioner, "captioner"),
+        }, lambda: (_written(stitch) or inputs.urls, exp.finetune, exp.captioner, exp.styles, self.device))
 
     def relabel(self, finetune: Stage | None) -> Stage:
         exp = self.exp
-        shards, inputs = self._shards(exp.relabel.shards or exp.data.shards, "relabel.shards" if exp.relabel.shards else "data.shards")
-        adapter = finetune.dir.path / "adapter" if finetune else _given_adapter(exp.captioner)
-        reads = {"relabel": exp.relabel, "styles": exp.styles, "captioner": exp.captioner, "alt_text": exp.data.alt_text,
-                 "inputs": inputs, "checkpoint": self._checkpoint(exp.captioner, "captioner"),
-                 "adapter": finetune.dir.fingerprint if finetune else folder_identity(adapter) if adapter else None}
-        return self._stage("relabel", "relabel", reads, [finetune], "recap.relabel:run",
-                           lambda: (shards, exp.captioner, adapter, exp.styles, exp.relabel, exp.data, self.device))
+        inputs = self._shards(exp.relabel.shards, "relabel.shards")
+        adapter = finetune.path / "adapter" if finetune else None
+        return self._stage("relabel", "relabel", "recap.relabel:run", [finetune], lambda: {
+            "relabel": exp.relabel, "styles": exp.styles, "captioner": exp.captioner, "alt_text": exp.data.alt_text,
+            "inputs": inputs.identity, "checkpoint": _checkpoint(exp.captioner, "captioner"),
+            "adapter": finetune.dir.fingerprint if finetune else _given_adapter(exp.captioner)[1],
+        }, lambda: (inputs.urls, exp.captioner, adapter or _given_adapter(exp.captioner)[0], exp.styles, exp.relabel,
+                    exp.data, self.device))
 
     def train(self, seed: int, arm: str, relabel: Stage | None) -> Stage:
         exp = self.exp
-        given, inputs = self._shards(exp.train.shards, "train.shards") if relabel is None else ([], relabel.dir.fingerprint)
-        reads = {"train": exp.train, "arm": exp.arm[arm], "seed": seed, "inputs": inputs,
-                 "checkpoint": self._checkpoint(exp.train, "train")}
-        return self._stage("train", f"seed-{seed}/train/{arm}", reads, [relabel], "train_t2i.train:run",
-                           lambda: (given or _written(relabel), exp.train, exp.arm[arm], seed, arm, self.device))
+        inputs = self._shards(exp.train.shards, "train.shards")
+        return self._stage("train", f"seed-{seed}/train/{arm}", "train_t2i.train:run", [relabel], lambda: {
+            "train": exp.train, "arm": exp.arm[arm], "seed": seed,
+            "inputs": relabel.dir.fingerprint if relabel else inputs.identity,
+            "checkpoint": _checkpoint(exp.train, "train"),
+        }, lambda: (_written(relabel) or inputs.urls, exp.train, exp.arm[arm], seed, arm, self.device))
 
     def generate(self, seed: int, arm: str, train: Stage | None) -> Stage:
         exp = self.exp
-        pipeline = Model(model=str(train.dir.path / "pipeline")) if train else Model(model=exp.train.model,
-                                                                                     revision=exp.train.revision)
-        reads = {"generate": exp.generate, "prompts": self._prompts(),
-                 "pipeline": train.dir.fingerprint if train else self._checkpoint(exp.train, "train")}
-        return self._stage("generate", f"seed-{seed}/generate/{arm}", reads, [train], "eval.generate:run",
-                           lambda: (pipeline, "train", exp.generate, arm, self.device))
+        prompts = Inputs(exp.generate.prompts, "generate.prompts")
+        pipeline = Model(model=str(train.path / "pipeline")) if train else _model(exp.train)
+        return self._stage("generate", f"seed-{seed}/generate/{arm}", "eval.generate:run", [train], lambda: {
+            "generate": exp.generate, "prompts": prompts.identity,
+            "pipeline": train.dir.fingerprint if train else _checkpoint(exp.train, "train"),
+        }, lambda: (pipeline, "train", exp.generate, arm, self.device))
 
     def reference(self) -> Stage:
         config = self.exp.evaluate
-        reads = {"features": config.features, "inputs": self._images(config.reference, "evaluate.reference"),
-                 "checkpoint": self._checkpoint(config.features, "evaluate.features")}
-        return self._stage("reference", "reference", reads, [], "eval.evaluate:reference", lambda: (config, self.device))
+        inputs = Inputs(config.reference, "evaluate.reference")
+        return self._stage("reference", "reference", "eval.evaluate:reference", [], lambda: {
+            "features": config.features, "inputs": inputs.identity,
+            "checkpoint": _checkpoint(config.features, "evaluate.features"),
+        }, lambda: (config, self.device))
 
     def evaluate(self, seed: int, arm: str, generate: Stage, reference: Stage) -> Stage:
         config = self.exp.evaluate
-        reads = {"evaluate": config, "images": generate.dir.fingerprint, "reference": reference.dir.fingerprint,
-                 "checkpoint": self._checkpoint(config.clip_score, "evaluate.clip_score")}
-        return self._stage("evaluate", f"seed-{seed}/eval/{arm}", reads, [generate, reference], "eval.evaluate:run",
-                           lambda: (generate.dir.path, reference.dir.path / "reference.npz", config, self.device))
+        return self._stage("evaluate", f"seed-{seed}/eval/{arm}", "eval.evaluate:run", [generate, reference], lambda: {
+            "evaluate": config, "images": generate.dir.fingerprint, "reference": reference.dir.fingerprint,
+            "checkpoint": _checkpoint(config.clip_score, "evaluate.clip_score"),
+        }, lambda: (generate.path, reference.path / "reference.npz", config, self.device))
 
     def report(self, stitch: Stage | None, finetune: Stage | None, relabel: Stage | None,
                scored: list[tuple[int, str, Stage, Stage]]) -> Stage:
         exp = self.exp
-        reads = {"report": exp.report, "evaluate": [evaluate.dir.fingerprint for *_, evaluate in scored],
-                 "relabel": relabel.dir.fingerprint if relabel else None}
-        before = {"stitch": stitch, "finetune": finetune, "relabel": relabel}
 
         def content() -> tuple[Any, ...]:
             from eval.report import ReportInput, Run
-            runs = [Run(seed, arm, evaluate.dir.path, generate.dir.path) for seed, arm, generate, evaluate in scored]
-            counts = {name: stage.dir.result() for name, stage in before.items() if stage}
-            given = ReportInput(name=exp.name, config=exp.model_dump(mode="json", exclude_defaults=False), arms=exp.arms,
-                                styles=list(exp.styles), runs=runs, counts=counts,
-                                relabelled=[Path(shard) for shard in _written(relabel)] if relabel else [],
-                                environment=environment(), seconds=self._seconds())
-            return given, exp.report
+            before = {"stitch": stitch, "finetune": finetune, "relabel": relabel}
+            return ReportInput(
+                name=exp.name, config=exp.model_dump(mode="json"), arms=exp.arms, styles=list(exp.styles),
+                runs=[Run(seed, arm, generate.path, evaluate.path) for seed, arm, generate, evaluate in scored],
+                counts={name: stage.dir.result() for name, stage in before.items() if stage},
+                relabelled=[Path(shard) for shard in _written(relabel)], environment=environment(),
+                seconds={_label(exp, stage): stage.dir.result()["seconds"] for stage in _upstream(evaluates)},
+            ), exp.report
 
-        return self._stage("report", "report", reads, [stage for *_, stage in scored], "eval.report:run", content)
+        evaluates = [stage for *_, stage in scored]
 
-    # What they share.
+        return self._stage("report", "report", "eval.report:run", evaluates, lambda: {
+            "report": exp.report, "evaluate": [evaluate.dir.fingerprint for evaluate in evaluates],
+            "relabel": relabel.dir.fingerprint if relabel else None,
+        }, content)
 
-    def _stage(self, verb: str, folder: str, reads: dict[str, Any], needs: Iterable[Stage | None], target: str,
-               arguments: Callable[[], tuple[Any, ...]]) -> Stage:
+    def _stage(self, verb: str, folder: str, target: str, needs: Iterable[Stage | None],
+               reads: Callable[[], dict[str, Any]], arguments: Callable[[], tuple[Any, ...]]) -> Stage:
         def work(stage: StageDir) -> dict[str, Any]:
             module, name = target.split(":")  # imported only now: planning must not load torch
             result: dict[str, Any] = getattr(importlib.import_module(module), name)(stage, *arguments())
             return result
-        return Stage(verb, StageDir(self.root / folder, reads), work, [need for need in needs if need])
+        return Stage(verb, self.root / folder, reads, work, [need for need in needs if need])
 
-    def _shards(self, patterns: str | list[str] | None, where: str) -> tuple[list[str], list[Any]]:
-        """The shards that patterns name, and what tells their versions apart."""
-        try:
-            urls = expand(patterns or [], where)
-            return urls, [identity(url) for url in urls]
-        except UserError as error:
-            return self._tolerate(error), []
-
-    def _images(self, source: str | list[str], where: str) -> Any:
-        """Identity of a folder of images, or of shards."""
-        if isinstance(source, str) and Path(source).is_dir():
-            return folder_identity(Path(source))
-        return self._shards(source, where)[1]
-
-    def _prompts(self) -> list[Any]:
-        return self._shards(self.exp.generate.prompts, "generate.prompts")[1]
-
-    def _checkpoint(self, ref: Model, where: str) -> Any:
-        """Identity of a checkpoint, and one line now, not hours later, where a folder is not there."""
-        try:
-            pretrained.find_local(ref, where)
-        except UserError as error:
-            self._tolerate(error)
-        return pretrained.identity(ref)
-
-    def _tolerate(self, error: UserError) -> list[str]:
-        if not self.tolerant:
-            raise error
-        self.missing.append(str(error))
-        return []
+    def _shards(self, patterns: str | list[str] | None, where: str) -> Inputs:
+        return Inputs(patterns, where) if patterns is not None else Inputs(self.exp.data.shards, "data.shards")
 
     @property
     def device(self) -> str:
@@ -297,18 +303,38 @@ class Plan:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _model(ref: Model) -> Model:
+    return Model(model=ref.model, revision=ref.revision)
+
+
+def _checkpoint(ref: Model, where: str) -> Any:
+    """Identity of a checkpoint; one line now, not hours later, where its folder is not there."""
+    pretrained.find_local(ref, where)
+    return pretrained.identity(ref)
+
+
 def _written(stage: Stage | None) -> list[str]:
     """The shards that a stage wrote."""
-    return sorted(map(str, stage.dir.path.glob("*.tar"))) if stage else []
+    return sorted(map(str, stage.path.glob("*.tar"))) if stage else []
 
 
-def _given_adapter(captioner: Captioner) -> Path | None:
+def _upstream(stages: Iterable[Stage]) -> list[Stage]:
+    """The stages, and all before them, in the order of the work."""
+    found: dict[Path, Stage] = {}
+    for stage in stages:
+        found |= {each.path: each for each in [*_upstream(stage.needs), stage]}
+    return list(found.values())
+
+
+def _given_adapter(captioner: Captioner) -> tuple[Path | None, Any]:
+    """The adapter folder that the file names, and its identity; none for the base alone."""
     if captioner.adapter in (None, "none"):
-        return None
+        return None, None
     path = Path(captioner.adapter)
     if not path.is_dir():
-        raise UserError(f"captioner.adapter: no folder at {path}: give a peft adapter folder, or none for the base alone")
-    return path
+        raise UserError(f"captioner.adapter: no folder at {path}: give a peft adapter folder, "
+                        "or none for the base alone")
+    return path, folder_identity(path)
 
 
 def environment() -> dict[str, str]:

@@ -5,6 +5,8 @@ import sys
 
 from tqdm import tqdm
 
+BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} img · {rate_fmt} · {remaining} left{postfix}"
+
 
 def is_main() -> bool:
     """Whether this process is the one that speaks, under torchrun, accelerate or Slurm."""
@@ -16,8 +18,7 @@ def bar(name: str, total: int | None, done: int = 0) -> "tqdm[None]":
     # Not on a terminal (a log file), one line every 10 s is enough.
     return tqdm(total=total, initial=done, desc=f"{name:<24}", unit=" img", disable=not is_main(), dynamic_ncols=True,
                 mininterval=0.2 if sys.stderr.isatty() else 10, leave=True,
-                bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} img · {rate_fmt} · {remaining} left{postfix}"
-                if total else "{desc} {n_fmt} img · {rate_fmt}{postfix}")
+                bar_format=BAR if total else "{desc} {n_fmt} img · {rate_fmt}{postfix}")
 
 
 def say(message: str) -> None:

@@ -19,7 +19,7 @@ from recap.config import Data, Relabel, Style
 from recap.errors import BadSample, UserError
 from recap.rundir import StageDir, hash_files
 from recap.sample import Sample
-from recap.shards import Reject, ShardWriter, read_shard, shard_name, write_json, write_rejects
+from recap.shards import Reject, ShardWriter, count_images, read_shard, shard_name, write_json, write_rejects
 
 SCHEMA = 1
 
@@ -40,21 +40,24 @@ def run(stage: StageDir, shards: list[str], captioner_config: CaptionerConfig, a
     """Caption every image in every style; write each shard, then its quarantine, then its stats."""
     labeller: Labeller | None = None
     totals: Counter[str] = Counter()
-    quarantined: Counter[str] = Counter()
-    with progress.bar("relabel", _count(shards)) as bar:
+    statuses: Counter[str] = Counter()
+    with progress.bar("relabel", count_images(shards)) as bar:
         for shard in shards:
-            done = _stats_of(stage.path, shard)
-            if done is None:
+            stats = _stats_of(stage.path, shard)
+            if stats is None:
                 labeller = labeller or open_labeller(captioner_config, adapter, styles, config, device)
-                done = relabel_shard(shard, stage.path, labeller, data, bar)
-                stage.log(event="shard", shard=shard_name(shard), **done)
+                stats = relabel_shard(shard, stage.path, labeller, data, bar)
+                stage.log(event="shard", shard=shard_name(shard), **stats)
             else:
-                bar.update(done["images_in"])
-            totals.update({name: done[name] for name in ("images_in", "images_out", "empty_captions", "not_ended")})
-            quarantined.update(done["quarantined"])
-    if not totals["images_out"]:
-        raise UserError(f"relabel: no image of {', '.join(shards[:3])} could be used ({dict(quarantined)}): check data.shards")
-    return {**totals, "quarantined": dict(quarantined)}
+                bar.update(stats["count"])
+            totals.update({name: stats[name] for name in ("count", "successes", "empty_captions", "not_ended")})
+            statuses.update(stats["status_dict"])
+    del statuses["success"]
+    if not totals["successes"]:
+        raise UserError(f"relabel: no image of {', '.join(shards[:3])} could be used ({dict(statuses)}): "
+                        "check data.shards")
+    return {"images_in": totals["count"], "images_out": totals["successes"], "quarantined": dict(statuses),
+            "empty_captions": totals["empty_captions"], "not_ended": totals["not_ended"]}
 
 
 def open_labeller(captioner_config: CaptionerConfig, adapter: Path | None, styles: dict[str, Style], config: Relabel,
@@ -65,23 +68,25 @@ def open_labeller(captioner_config: CaptionerConfig, adapter: Path | None, style
 
 
 def relabel_shard(shard: str, out: Path, labeller: Labeller, data: Data, bar: Any) -> dict[str, Any]:
-    """Relabel one shard, and return its stats. Batches are formed within the shard, in file order."""
+    """Relabel one shard, in batches formed in file order; its stats, named as img2dataset names them."""
     rejects: list[Reject] = []
-    counts: Counter[str] = Counter(images_in=0, images_out=0, empty_captions=0, not_ended=0)
+    counts: Counter[str] = Counter(successes=0, empty_captions=0, not_ended=0)
     name = shard_name(shard)
     with ShardWriter(str(out / f"{name}.tar")) as writer:
         for batch in _batches(shard, labeller.config.batch_size, data, rejects):
             for sample in label(batch, labeller, counts):
                 writer.write(sample)
-            counts["images_out"] += len(batch)
+            counts["successes"] += len(batch)
             bar.update(len(batch))
     bar.update(len(rejects))
-    counts["images_in"] = counts["images_out"] + len(rejects)
-    stats = {**counts, "quarantined": dict(Counter(reject.reason for reject in rejects))}
+    reasons = Counter(reject.reason for reject in rejects)
     if rejects:
-        write_rejects(str(out / f"{name}_quarantine.jsonl"), rejects)
-        progress.warn(f"{shard}: {len(rejects)} of {counts['images_in']} samples quarantined ({_reasons(stats)}), "
-                      f"see {out / f'{name}_quarantine.jsonl'}")
+        quarantine = out / f"{name}_quarantine.jsonl"
+        write_rejects(str(quarantine), rejects)
+        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+        progress.warn(f"{shard}: {len(rejects)} samples quarantined ({listed}), see {quarantine}")
+    stats = {"count": counts["successes"] + len(rejects), **counts,
+             "status_dict": {"success": counts["successes"], **reasons}}
     write_json(str(out / f"{name}_stats.json"), stats)
     return stats
 
@@ -116,8 +121,10 @@ def _provenance(labeller: Labeller, name: str, caption: Caption) -> dict[str, An
     style = labeller.styles[name]
     windows = split(caption.text, clip_tokenizer())
     flags = [flag for flag, holds in {"empty": not caption.text, "not_ended": not caption.ended}.items() if holds]
-    return {**labeller.source, "prompt": style.prompt, "decoding": {"max_new_tokens": style.max_new_tokens, "num_beams": 1},
-            "num_clip_tokens": windows.num_tokens, "num_clip_windows": len(windows.ids), "scores": {}, "flags": flags}
+    return {**labeller.source, "prompt": style.prompt,
+            "decoding": {"max_new_tokens": style.max_new_tokens, "num_beams": 1},
+            "num_clip_tokens": windows.num_tokens, "num_clip_windows": len(windows.ids),
+            "scores": {}, "flags": flags}
 
 
 def _earlier_record(sample: Sample) -> dict[str, Any]:
@@ -149,20 +156,3 @@ def _stats_of(out: Path, shard: str) -> dict[str, Any] | None:
     """The stats of a shard that is done: they are written last."""
     path = out / f"{shard_name(shard)}_stats.json"
     return json.loads(path.read_bytes()) if path.is_file() else None
-
-
-def _count(shards: list[str]) -> int | None:
-    """Images in all shards, from the stats that img2dataset and recap write beside them; None where one is missing."""
-    total = 0
-    for shard in shards:
-        stats = Path(shard.removesuffix(".tar") + "_stats.json")
-        try:
-            found = json.loads(stats.read_bytes())
-            total += found.get("images_out", found.get("successes", found.get("count")))
-        except (OSError, ValueError, TypeError, AttributeError):
-            return None
-    return total
-
-
-def _reasons(stats: dict[str, Any]) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in stats["quarantined"].items())

@@ -91,7 +91,7 @@ class StageDir:
         return _read(self.path / "done.json") or {}
 
     def clear(self) -> None:
-        """Delete the stage's folder; the marker goes first, so that half a deletion is not taken for a finished stage."""
+        """Delete the stage's folder; the markers first, so that half a deletion is not taken for a finished stage."""
         for marker in ("done.json", "config.json"):
             (self.path / marker).unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)

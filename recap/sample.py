@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from recap.errors import BadSample
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-# Only these decoders are ever given web bytes: Pillow's others (EPS among them) run programs or parse far more than we need.
+# Only these decoders are ever given web bytes: Pillow's others (EPS among them) run programs or parse far more.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_TEXT_BYTES = 100_000

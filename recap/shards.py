@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any, Self, cast
 
 import fsspec
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
 from recap.errors import UserError
 from recap.sample import Sample
@@ -70,7 +70,8 @@ def _expand_one(pattern: str, where: str) -> list[str]:
     for name in names:
         found = _glob(name) if any(c in name for c in "*?[") else [name]
         if not found or (len(found) == 1 and found[0] == name and not exists(name)):
-            raise UserError(f"{where}: nothing at {name}: check the path" + (f" (from {pattern})" if name != pattern else ""))
+            source = f" (from {pattern})" if name != pattern else ""
+            raise UserError(f"{where}: nothing at {name}: check the path{source}")
         urls += found
     return urls
 
@@ -145,6 +146,21 @@ def read_shard(url: str, rejects: list[Reject]) -> Iterator[Sample]:
         yield from finish()
 
 
+def count_images(urls: list[str]) -> int | None:
+    """About how many samples the shards hold, for a bar: from local tars' headers. None where one is remote."""
+    if not all(map(is_local, urls)):
+        return None
+    return sum(map(_count_keys, urls))
+
+
+def _count_keys(path: str) -> int:
+    try:
+        with tarfile.open(path) as tar:  # jumps from header to header, reads no content
+            return len({found[1] for info in tar if (found := KEY_AND_EXTENSION.match(info.name))})
+    except (tarfile.TarError, OSError, EOFError):
+        return 0
+
+
 def _name_fault(name: str, extension: str, members: dict[str, bytes]) -> tuple[str, str] | None:
     if not extension:
         return "no_extension", name
@@ -162,7 +178,7 @@ def _read_members(url: str) -> Iterator[tuple[str, bytes, tuple[str, str] | None
         with fsspec.open(url, "rb") as file:
             stream = _Tail(file)
             try:
-                with tarfile.open(fileobj=stream, mode="r|") as tar:
+                with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
                     for info in tar:
                         name = info.name
                         if info.isdir():
@@ -172,12 +188,13 @@ def _read_members(url: str) -> Iterator[tuple[str, bytes, tuple[str, str] | None
                         elif info.size > MAX_MEMBER_BYTES:
                             yield name, b"", ("oversized_member", f"{info.size:,} bytes in {name}")
                         else:
-                            yield name, tar.extractfile(info).read(), None  # type: ignore[union-attr]
+                            yield name, cast(IO[bytes], tar.extractfile(info)).read(), None
                 stream.drain()
                 if any(stream.last):
                     raise tarfile.ReadError("no end-of-archive mark")
             except (tarfile.TarError, EOFError, ValueError) as error:
-                yield name or shard_name(url), b"", ("truncated_shard", f"{error}, at byte {stream.position:,} of {url}")
+                fault = ("truncated_shard", f"{error}, at byte {stream.position:,} of {url}")
+                yield name or shard_name(url), b"", fault
     except FileNotFoundError:
         raise UserError(f"no shard at {url}: it was there when the run began; put it back and run again") from None
 
@@ -209,7 +226,7 @@ class ShardWriter:
         self.url = url
         self._temporary = temporary(url)
         self._file = open(self._temporary, "wb")  # noqa: SIM115  (closed in __exit__)
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
 
     def write(self, sample: Sample) -> None:
         for extension, content in sample.members.items():
@@ -220,7 +237,8 @@ class ShardWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         if kind is None:
             self._tar.close()
             sync(self._file)

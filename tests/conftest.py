@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+settings.register_profile("recap", deadline=None)  # the first example also pays for imports
+settings.load_profile("recap")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub; and what is offline fails at once, without retries
 

@@ -1,5 +1,6 @@
 """Samples: what is decoded, and what is rejected with which reason."""
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -68,10 +69,8 @@ def test_any_bytes_decode_or_are_rejected(data: bytes) -> None:
 def test_a_damaged_image_decodes_or_is_rejected(place: int, value: int) -> None:
     data = bytearray(encoded(Image.radial_gradient("L").resize((16, 16)).convert("RGB"), "JPEG"))
     data[place % len(data)] = value
-    try:
+    with contextlib.suppress(BadSample):
         decode_image(bytes(data))
-    except BadSample:
-        pass
 
 
 def test_real_malformed_images_never_raise_anything_else(shared_data: Path) -> None:

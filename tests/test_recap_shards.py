@@ -32,11 +32,13 @@ def reasons(path: Path) -> list[tuple[str, str]]:
 
 
 names = st.text("abcXYZ0123456789_-é", min_size=1, max_size=120)
-contents = st.dictionaries(st.sampled_from(["jpg", "txt", "json", "short.txt", "PNG"]), st.binary(max_size=600), min_size=1)
+extensions = st.sampled_from(["jpg", "txt", "json", "short.txt", "PNG"])
+contents = st.dictionaries(extensions, st.binary(max_size=600), min_size=1)
 
 
 @given(st.dictionaries(names, contents, max_size=5))
-def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, samples: dict[str, dict[str, bytes]]) -> None:
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory,
+                                      samples: dict[str, dict[str, bytes]]) -> None:
     path = tmp_path_factory.mktemp("shards") / "00000.tar"
     wanted = [Sample("00000", key, members) for key, members in samples.items()]
     with ShardWriter(str(path)) as writer:
@@ -44,7 +46,7 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
             writer.write(sample)
     found, rejects = read(path)
     assert found == wanted
-    assert [list(sample.members) for sample in found] == [list(sample.members) for sample in wanted]
+    assert [list(sample.members) for sample in found] == [list(members) for members in samples.values()]
     assert not rejects
 
 
@@ -97,7 +99,8 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 10_239))
-def test_a_shard_cut_anywhere_gives_what_was_before_the_cut(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
+def test_a_shard_cut_anywhere_gives_what_was_before_the_cut(tmp_path_factory: pytest.TempPathFactory,
+                                                            length: int) -> None:
     folder = tmp_path_factory.mktemp("cut")
     whole = make_tar(folder / "whole.tar", [(f"{i}.jpg", bytes([i + 1]) * 900) for i in range(4)])
     (folder / "cut.tar").write_bytes(whole.read_bytes()[:length])
@@ -105,9 +108,9 @@ def test_a_shard_cut_anywhere_gives_what_was_before_the_cut(tmp_path_factory: py
     assert all(sample.members["jpg"] == bytes([int(sample.key) + 1]) * 900 for sample in samples)
     ended = 4 * (512 + 1024)  # 4 headers with their data; then the zeros that end a tar
     assert len(samples) + len(rejects) >= min(4, length // (512 + 1024))
-    if length < ended + 512:
+    if length < ended:
         assert [reject.reason for reject in rejects] == ["truncated_shard"]
-    else:
+    if length >= ended + 512:
         assert len(samples) == 4 and not rejects
 
 
@@ -127,7 +130,7 @@ def test_patterns_expand_in_order_and_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["no/such.tar", "no/*.tar", "no/{00000..00001}.tar", "no/{0", ""])
 def test_a_pattern_that_names_nothing_is_an_error_in_one_line(pattern: str) -> None:
-    with pytest.raises(UserError, match="data.shards") as caught:
+    with pytest.raises(UserError, match=r"data\.shards") as caught:
         expand(pattern or [])
     assert "\n" not in str(caught.value)
 

@@ -11,7 +11,9 @@ class Arm(Table):
     """What one arm of the comparison is trained on."""
 
     captions: dict[str, float] = {}
-    """Caption kind → weight of its draw for an image (`alt`, a style, or any `KEY.KIND.txt`). Empty: not trained, the base itself."""
+    """Caption kind → weight of its draw for an image (`alt`, a style, or any `KEY.KIND.txt`).
+
+    Empty: not trained, the base itself."""
     shuffled: bool = False
     """Give each image another image's captions: the control that must not help."""
 

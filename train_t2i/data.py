@@ -85,7 +85,7 @@ class Stream:
             self.epoch, self.offset, skip = self.epoch + 1, 0, 0
 
     def _epoch(self) -> Iterator[Sample]:
-        """One pass: shards in a drawn order, samples through a buffer from which a drawn one leaves for each that enters."""
+        """One pass: shards in a drawn order, through a buffer from which a drawn sample leaves for each that enters."""
         draw = random.Random(_number("order", self.seed, self.epoch))
         shards = draw.sample(self.shards, len(self.shards))
         buffer: list[Sample] = []
@@ -108,7 +108,7 @@ class Stream:
         self.rejected.update({f"{reject.shard}/{reject.key}": reject.reason for reject in rejects})
 
     def _rotated(self, shard: str, samples: Iterator[Sample]) -> Iterator[Sample]:
-        """The captions of a shard, moved on by a number of images drawn once for seed and shard: nobody keeps its own."""
+        """The captions of a shard, moved on by a number of images drawn for seed and shard: nobody keeps its own."""
         names = ["txt" if kind == "alt" else f"{kind}.txt" for kind in self.arm.captions]
         texts = [{name: sample.members[name] for name in names} for sample in self._with_captions(shard, [])]
         shift = random.Random(_number("shuffled", self.seed, shard_name(shard))).randrange(1, max(len(texts), 2))

@@ -1,4 +1,4 @@
-"""What is trained: the UNet and CLIP text encoder of a pipeline, with its frozen VAE, as one module that gives a loss."""
+"""What is trained: a pipeline's UNet and CLIP text encoder, with its frozen VAE, as one module that gives a loss."""
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
@@ -71,4 +71,5 @@ def _check_resolution(pipe: StableDiffusionPipeline, resolution: int) -> None:
     factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1 + len(pipe.unet.config.block_out_channels) - 1)
     if resolution % factor:
         near = max(factor, round(resolution / factor) * factor)
-        raise UserError(f"train.resolution: {resolution} is not a multiple of {factor}, as this VAE and UNet need: try {near}")
+        raise UserError(f"train.resolution: {resolution} is not a multiple of {factor}, as this VAE and UNet need: "
+                        f"try {near}")

@@ -4,6 +4,7 @@ from typing import cast
 
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging
 from PIL import Image
 
 from recap.chunks import split
@@ -21,18 +22,21 @@ def load_pipeline(ref: Model, where: str, device: str) -> StableDiffusionPipelin
         device: a torch device.
     """
     # The safety checker blanks pictures, which would count against an arm; nothing drawn here is shown unasked.
-    pipe = load_pretrained(StableDiffusionPipeline.from_pretrained, ref, where, torch_dtype=torch.float32,
-                           use_safetensors=True, safety_checker=None, requires_safety_checker=False)
+    logging.disable_progress_bar()
+    pipe = load_pretrained(StableDiffusionPipeline.from_pretrained, ref, where, use_safetensors=True,
+                           safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
-    return cast(StableDiffusionPipeline, pipe.to(device))
+    # After loading: the keyword for it has two names among diffusers' releases, and transformers 5 another default.
+    return cast(StableDiffusionPipeline, pipe.to(device, torch.float32))
 
 
 def plan(pipe: StableDiffusionPipeline, prompts: list[str], batch_size: int) -> list[list[int]]:
-    """Indices of `prompts` in batches, every batch of prompts with one number of windows (stock pipelines take no mask)."""
+    """Indices of `prompts` in batches, each of one number of windows (stock pipelines take no mask)."""
     groups: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
         groups.setdefault(num_windows(pipe, prompt), []).append(index)
-    return [group[i:i + batch_size] for _, group in sorted(groups.items()) for i in range(0, len(group), batch_size)]
+    return [group[start:start + batch_size] for _, group in sorted(groups.items())
+            for start in range(0, len(group), batch_size)]
 
 
 def num_windows(pipe: StableDiffusionPipeline, prompt: str) -> int:
@@ -40,7 +44,7 @@ def num_windows(pipe: StableDiffusionPipeline, prompt: str) -> int:
 
 
 def image_seed(seed: int, index: int) -> int:
-    """The seed of image `index`: the same for every arm. The run's seed in the high half, so that runs do not overlap."""
+    """The seed of image `index`, the same for every arm. The run's seed is its high half: runs do not overlap."""
     return (seed << 32) + index
 
 

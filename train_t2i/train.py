@@ -21,7 +21,8 @@ from train_t2i.sample import load_pipeline
 LOG_EVERY = 10
 
 
-def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, name: str) -> dict[str, Any]:
+def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, name: str,
+        device: str) -> dict[str, Any]:
     """Train UNet and text encoder from `config.model`; `stage.path/pipeline` is the result, a diffusers folder.
 
     Args:
@@ -29,8 +30,9 @@ def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, 
         shards: with the captions that the arm draws from.
         seed: of the order, the captions drawn, the dropout and the noise.
         name: of the arm, for the bar.
+        device: `cpu` keeps accelerate off the GPUs; else it takes those it finds.
     """
-    accelerator = Accelerator(mixed_precision=config.precision)
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
     pipe = load_pipeline(config, "train", str(accelerator.device))
     model = Diffusion(pipe, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -102,7 +104,8 @@ def _resume(folder: Path, model: Diffusion, optimizer: torch.optim.Optimizer, em
     tensors, state = found
     model.load_state_dict(checkpoint.without_prefix("model", tensors), strict=False)
     checkpoint.load_optimizer(optimizer, checkpoint.without_prefix("optimizer", tensors))
-    ema.shadow = {name: shadow.to(ema.shadow[name]) for name, shadow in checkpoint.without_prefix("ema", tensors).items()}
+    averages = checkpoint.without_prefix("ema", tensors)
+    ema.shadow = {name: averages[name].to(shadow) for name, shadow in ema.shadow.items()}
     stream.epoch, stream.offset, model.num_cut = state["epoch"], state["offset"], state["num_cut"]
     stream.rejected.update(state["rejected"])
     return int(state["step"])

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
+from transformers.utils import logging
 
 from recap.captioners import Caption
 from recap.config import Captioner as CaptionerConfig
@@ -40,6 +41,7 @@ class Blip2:
     @classmethod
     def open(cls, config: CaptionerConfig, device: str, adapter: Path | None) -> Self:
         """Load base and processor, and a peft adapter on top where one is given."""
+        logging.disable_progress_bar()
         processor = load_pretrained(Blip2Processor.from_pretrained, config, "captioner")
         model = load_pretrained(Blip2ForConditionalGeneration.from_pretrained, config, "captioner",
                                 dtype=DTYPES[config.dtype], use_safetensors=True)
@@ -69,12 +71,13 @@ class Blip2:
         embeds = torch.cat([features, text], dim=1)
         ids = self.base.language_model.generate(
             inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            max_new_tokens=style.max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.eos, pad_token_id=self.pad)
+            max_new_tokens=style.max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.eos,
+            pad_token_id=self.pad)
         return [self._read(row) for row in ids.tolist()]
 
     def loss(self, pixel_values: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
         features = self.encode(pixel_values)
-        rows = [(self._prompt_ids(prompt), self._caption_ids(caption) + [self.eos])
+        rows = [(self._prompt_ids(prompt), [*self._caption_ids(caption), self.eos])
                 for prompt, caption in zip(prompts, captions, strict=True)]
         length = max(len(prompt) + len(caption) for prompt, caption in rows)
         ids, labels, mask = (torch.tensor(part, device=features.device)
@@ -136,7 +139,9 @@ class Blip2:
     def _read(self, ids: list[int]) -> Caption:
         ended = self.eos in ids
         ids = ids[:ids.index(self.eos)] if ended else ids
-        return Caption(" ".join(self.tokenizer.decode(ids, skip_special_tokens=True).split()), ended)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        visible = "".join(letter if letter.isprintable() else " " for letter in text)
+        return Caption(" ".join(visible.split()), ended)
 
 
 def _with_adapter(model: Blip2ForConditionalGeneration, adapter: Path) -> PeftModel:
@@ -146,4 +151,5 @@ def _with_adapter(model: Blip2ForConditionalGeneration, adapter: Path) -> PeftMo
     try:
         return PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"captioner.adapter: {adapter} does not fit this base: {' '.join(str(error).split())[:200]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"captioner.adapter: {adapter} does not fit this base: {reason}") from None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from recap.checkpoint import publish
-from recap.clip_bpe import BOS, EOS, MAX_LENGTH, VOCAB_SIZE, clip_tokenizer
+from recap.clip_bpe import MAX_LENGTH, VOCAB_SIZE, clip_tokenizer
 from recap.errors import UserError
 from recap.progress import say
 from recap.world import marker
@@ -24,8 +24,12 @@ from recap.world.words import alt_text, describe
 FORMAT = 1
 """Raised when the same settings would give other checkpoints."""
 NUM_QUERY_TOKENS = 8
+TEXT_STD = 0.1
+"""Of OPT's weights: its output layer is its embedding, so with 0.02 no adapter could make a token likely."""
 OPT_VOCAB_SIZE = 1000
 NUM_TOKENIZER_SCENES = 2000
+VISION_STD = 0.1
+"""Of BLIP-2's vision weights: with transformers' default, 1e-10, an untrained model says the same of all images."""
 
 
 def init(out: Path, size: int = 64, seed: int = 0) -> None:
@@ -69,18 +73,19 @@ def write_blip2(folder: Path, size: int) -> None:
     newline = tokenizer.encode("\n")[-1]
     config = Blip2Config(
         vision_config={"image_size": size, "patch_size": size // 4, "hidden_size": 64, "intermediate_size": 128,
-                       "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.02},
+                       "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": VISION_STD},
         qformer_config={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-                        "encoder_hidden_size": 64, "cross_attention_frequency": 2, "vocab_size": len(tokenizer)},
+                        "encoder_hidden_size": 64, "cross_attention_frequency": 2, "vocab_size": len(tokenizer),
+                        "initializer_range": VISION_STD},
         text_config={"model_type": "opt", "vocab_size": len(tokenizer), "hidden_size": 128, "word_embed_proj_dim": 128,
-                     "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 640,
+                     "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 640, "init_std": TEXT_STD,
                      "bos_token_id": 2, "pad_token_id": 1, "eos_token_id": newline},
         num_query_tokens=NUM_QUERY_TOKENS,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     model = Blip2ForConditionalGeneration(config)
     # transformers starts all queries at zero, where they stay alike; LAVIS draws them.
-    torch.nn.init.normal_(model.query_tokens, std=config.qformer_config.initializer_range)
+    torch.nn.init.normal_(model.query_tokens, std=VISION_STD)
     model.generation_config.update(bos_token_id=2, pad_token_id=1, eos_token_id=newline)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -98,8 +103,9 @@ def opt_tokenizer() -> Any:
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     trained.train_from_iterator(_texts(), trainer)
     bpe = json.loads(trained.to_str())["model"]
-    return GPT2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]], add_bos_token=True,
-                         bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    merges: Any = [tuple(pair) for pair in bpe["merges"]]  # annotated as strings, read as pairs
+    return GPT2Tokenizer(vocab=bpe["vocab"], merges=merges, add_bos_token=True, **special)
 
 
 def _texts() -> list[str]:
@@ -115,15 +121,15 @@ def _texts() -> list[str]:
 
 
 def write_stable_diffusion(folder: Path, size: int) -> None:
-    """A Stable Diffusion 1.x pipeline: CLIP's tokenizer, 4 latent channels at a quarter of the size, SD's noise schedule."""
+    """A Stable Diffusion 1.x pipeline: CLIP's tokenizer, 4 latent channels at a quarter of the size, SD's noise."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     tokenizer = clip_tokenizer()
     text_encoder = CLIPTextModel(CLIPTextConfig(
         vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=128, projection_dim=32, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=MAX_LENGTH, bos_token_id=tokenizer.convert_tokens_to_ids(BOS),
-        eos_token_id=tokenizer.convert_tokens_to_ids(EOS)))
+        num_attention_heads=2, max_position_embeddings=MAX_LENGTH, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id))
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(16, 32, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=size)
@@ -132,12 +138,13 @@ def write_stable_diffusion(folder: Path, size: int) -> None:
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
         cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8)
     # The values of CompVis/stable-diffusion-v1-4's scheduler_config.json.
-    scheduler = PNDMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000, set_alpha_to_one=False,
-        skip_prk_steps=True, steps_offset=1)
+    scheduler: Any = PNDMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000,
+        set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1)
     scheduler.register_to_config(clip_sample=False)  # PNDM ignores it; DDIM made from this configuration needs it
-    StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
-                            requires_safety_checker=False).save_pretrained(folder)
+    pipeline: Any = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
+                                            feature_extractor=None, requires_safety_checker=False)
+    pipeline.save_pretrained(folder)
 
 
 # --- the others ----------------------------------------------------------------------------------------------------
@@ -145,15 +152,15 @@ def write_stable_diffusion(folder: Path, size: int) -> None:
 
 def write_detr(folder: Path, size: int) -> None:
     """DETR on a small ResNet, whose labels are the world's object names (`red circle`), and its image processor."""
-    from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
+    from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
     names = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS]
-    backbone = ResNetConfig(embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 1, 1], layer_type="basic",
-                            out_features=["stage4"])
+    backbone = {"model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 1, 1],
+                "layer_type": "basic", "out_features": ["stage4"]}
     config = DetrConfig(
-        use_timm_backbone=False, backbone_config=backbone, d_model=32, num_queries=12,
-        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=64, decoder_ffn_dim=64, id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+        backbone_config=backbone, d_model=32, num_queries=12, encoder_layers=2, decoder_layers=2,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        id2label=dict(enumerate(names)), label2id={name: index for index, name in enumerate(names)})
     DetrForObjectDetection(config).save_pretrained(folder)
     DetrImageProcessor(size={"shortest_edge": size, "longest_edge": size * 3 // 2}).save_pretrained(folder)
 
@@ -180,7 +187,7 @@ def write_features(folder: Path, size: int) -> None:
     import timm
     from safetensors.torch import save_file
 
-    sizes = {"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 64]}
+    sizes: dict[str, Any] = {"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 64]}
     preprocessing = {"input_size": [3, size, size], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
                      "crop_pct": 1.0}
     _write_json(folder / "config.json", {

@@ -19,7 +19,8 @@ def is_done(out: Path, settings: dict[str, Any]) -> bool:
     if found == settings:
         return True
     differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-    raise UserError(f"{out} was made with another {', '.join(differing) or 'version'}: delete it or give another folder")
+    other = ", ".join(differing) or "version"
+    raise UserError(f"{out} was made with another {other}: delete it or give another folder")
 
 
 def finish(out: Path, settings: dict[str, Any]) -> None:

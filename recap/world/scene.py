@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 COLOURS = {
     "red": (214, 40, 40), "orange": (247, 140, 20), "yellow": (250, 215, 40), "green": (40, 160, 70),
@@ -43,12 +43,6 @@ class Shape:
         """What a detector of this world calls it: `red circle`."""
         return f"{self.colour} {self.kind}"
 
-    def box(self, side: int) -> list[float]:
-        """The bounding square: left, top, right, bottom, in pixels of an image of `side` pixels."""
-        half = SIZES[self.size]
-        edges = (self.x - half, self.y - half, self.x + half, self.y + half)
-        return [round(edge * side, 2) for edge in edges]
-
 
 @dataclass(frozen=True, slots=True)
 class Scene:
@@ -58,9 +52,12 @@ class Scene:
     shapes: tuple[Shape, ...]
 
     def metadata(self, side: int) -> dict[str, Any]:
-        """The truth about the scene, JSON-like: background, and kind, colour, size, place and box of each object."""
-        objects = [{"kind": s.kind, "colour": s.colour, "size": s.size, "place": s.place, "box": s.box(side)}
-                   for s in self.shapes]
+        """The truth about the scene, JSON-like: background, and kind, colour, size, place and box of each object.
+
+        A box is left, top, right, bottom, in pixels of an image of `side` pixels.
+        """
+        objects = [{"kind": shape.kind, "colour": shape.colour, "size": shape.size, "place": shape.place,
+                    "box": _box(Scene(self.background, (shape,)), side)} for shape in self.shapes]
         return {"background": self.background, "objects": objects}
 
 
@@ -92,6 +89,12 @@ def render(scene: Scene, side: int) -> Image.Image:
         KINDS[shape.kind](canvas, (shape.x * large, shape.y * large), SIZES[shape.size] * large,
                           COLOURS[shape.colour], background)
     return image.resize((side, side), Image.Resampling.BOX)
+
+
+def _box(alone: Scene, side: int) -> list[int]:
+    """The pixels in which a scene of one shape differs from its background."""
+    empty = Image.new("RGB", (side, side), BACKGROUNDS[alone.background])
+    return list(ImageChops.difference(render(alone, side), empty).getbbox() or (0, 0, side, side))
 
 
 def _circle(canvas: ImageDraw.ImageDraw, centre: Point, half: float, colour: Any, background: Any) -> None:

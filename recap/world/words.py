@@ -14,28 +14,32 @@ names, capitals) is that of real web alt-text; the text says as little of a scen
 ITEMS = ("Wall Art Print", "Phone Case", "Throw Pillow", "Coffee Mug", "Vinyl Decal", "Tote Bag", "Greeting Card",
          "Clip Art Bundle", "Canvas Poster", "Mouse Pad", "Notebook", "Enamel Pin", "Shower Curtain")
 SELLERS = ("ArtMart", "PosterHub", "Etzy", "StockPixels", "DesignBay", "PrintYard", "Wayfair.com", "iStok")
-TALK = ("{item} | {seller}", "{item} - Free Shipping", "Buy {item} Online", "NEW {item} {number} / IN STOCK",
-        "{item} by {seller}", "Best {item} Deals {year}", "{seller} {item} Size {size}", "Modern {item}, Set of {count}",
-        "{number} PowerPoint Templates - Slide {count}", "Royalty Free Stock Images", "Abstract Geometric {item} vector",
-        "{item}&amp;more from {seller}", "How to choose a {item} ({year})", "{item} image {count}")
-FILES = ("IMG_{number}.JPG", "DSC{number}.jpg", "{year}-{number}_thumb.png", "image{count}.png", "untitled-{count}",
-         "{number}_0{count}_l.jpg", "Screenshot {year}-0{count}-1{count} at 1{count}.2{count}.png", "banner_{number}_final.png",
-         "https://cdn.{seller}.example/{number}.png")
+TALK = (
+    "{item} | {seller}", "{item} - Free Shipping", "Buy {item} Online", "NEW {item} {number} / IN STOCK",
+    "{item} by {seller}", "Best {item} Deals {year}", "{seller} {item} Size {size}", "Modern {item}, Set of {count}",
+    "{number} PowerPoint Templates - Slide {count}", "Royalty Free Stock Images", "Abstract Geometric {item} vector",
+    "{item}&amp;more from {seller}", "How to choose a {item} ({year})", "{item} image {count}",
+)
+FILES = (
+    "IMG_{number}.JPG", "DSC{number}.jpg", "{year}-{number}_thumb.png", "image{count}.png", "untitled-{count}",
+    "{number}_0{count}_l.jpg", "Screenshot {year}-0{count}-1{count} at 1{count}.2{count}.png",
+    "banner_{number}_final.png", "https://cdn.{seller}.example/{number}.png",
+)
 
 
 def alt_text(scene: Scene, rng: Random) -> tuple[str, str]:
     """Draw a kind of alt-text by ALT_SHARES, and a text of that kind: `("one fact", "Red circle vector | iStok")`."""
     kind = rng.choices(list(ALT_SHARES), list(ALT_SHARES.values()))[0]
     if kind == "nothing":
-        return kind, _shop_talk(rng, (*TALK, *FILES))
+        return kind, _shop_talk(rng)
     if kind == "whole":
         return kind, _whole(scene)
     fact = _true_fact(scene, rng) if kind == "one fact" else _false_fact(scene, rng)
     return kind, _dressed(fact, rng)
 
 
-def _shop_talk(rng: Random, templates: tuple[str, ...]) -> str:
-    return rng.choice(templates).format(
+def _shop_talk(rng: Random) -> str:
+    return rng.choice((*TALK, *FILES)).format(
         item=rng.choice(ITEMS), seller=rng.choice(SELLERS), size=rng.choice("SML"), year=rng.randint(2009, 2023),
         count=rng.randint(1, 9), number=rng.randint(1000, 9999))
 
