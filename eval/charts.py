@@ -1,4 +1,4 @@
-"""Dot charts as inline SVG: a row for an arm, a dot for a seed, a bar for an interval, a dashed line to compare with."""
+"""Dot charts as inline SVG: a row an arm, a dot a seed, a bar an interval, and a dashed line to compare with."""
 
 import math
 from dataclasses import dataclass, field
@@ -64,11 +64,14 @@ def _row(row: Row, axis: Axis, y: float) -> Markup:
         low, high = map(axis.x, row.interval)
         parts.append(Markup('<line class="interval" x1="{}" x2="{}" y1="{y}" y2="{y}"/>').format(low, high, y=y))
     if len(row.values) > 1:
-        parts += [Markup('<circle class="seed" cx="{}" cy="{}" r="3"/>').format(axis.x(value), y) for value in row.values]
-    mean = sum(row.values) / len(row.values)
-    parts.append(Markup('<circle class="mean" cx="{}" cy="{}" r="5.5"/>').format(axis.x(mean), y))
+        parts += [_dot("seed", axis.x(value), y, 3) for value in row.values]
+    parts.append(_dot("mean", axis.x(sum(row.values) / len(row.values)), y, 5.5))
     parts.append(Markup('<text class="figure" x="{}" y="{}">{}</text></g>').format(WIDTH, y + 4.5, row.text))
     return Markup("").join(parts)
+
+
+def _dot(kind: str, x: float, y: float, radius: float) -> Markup:
+    return Markup('<circle class="{}" cx="{}" cy="{}" r="{}"/>').format(kind, x, y, radius)
 
 
 def _axis(low: float, high: float) -> Axis:

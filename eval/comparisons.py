@@ -122,8 +122,9 @@ def verdict(arms: list[str], summaries: list[ArmSummary], comparisons: list[dict
     if a is None or a not in by_arm:
         return "There is no second arm to compare.", []
     found = by_arm[a]
-    headline = (f"No difference between the arms “{a}” and “{b}” could be shown." if found["verdict"] == "can't tell" else
-                f"Pictures of the arm “{a}” match their prompts {found['verdict']} than those of “{b}”.")
+    headline = f"Pictures of the arm “{a}” match their prompts {found['verdict']} than those of “{b}”."
+    if found["verdict"] == "can't tell":
+        headline = f"No difference between the arms “{a}” and “{b}” could be shown."
     num_prompts = summaries[0].num_images
     return headline, [_clip_sentence(a, b, num_prompts, found), *_fid_sentences(a, b, summaries, found),
                       *_control_sentences(by_arm, b)]
@@ -150,14 +151,15 @@ def _control_sentences(by_arm: dict[str, dict[str, Any]], b: str) -> list[str]:
     if shuffled is None:
         return []
     if shuffled["verdict"] == "better":
-        return [f"The control fails: captions of other images (shuffled) also beat {b}, so what the captions say is not "
-                "the cause."]
+        return [f"The control fails: captions of other images (shuffled) also beat {b}, so what the captions say is "
+                "not the cause."]
     return [f"The control holds: captions of other images (shuffled) do not beat {b}."]
 
 
 def signed(value: float, digits: int = 2) -> str:
-    """`+0.51`, `−0.20`, with a true minus sign."""
-    return f"{value:+.{digits}f}".replace("-", "−")
+    """`+0.51`, `−0.20`, with a true minus sign; a zero has none."""
+    text = f"{value:+.{digits}f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]
 
 
 def arms_table(summaries: list[ArmSummary], comparisons: list[dict[str, Any]]) -> str:

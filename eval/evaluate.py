@@ -73,7 +73,8 @@ def run(stage: StageDir, images: Path, reference: Path, config: Evaluate, device
     fid = _fid(drawn, target, network, config)
     scores, truncated, clip_model = _clip_scores(drawn, config, device)
     metrics = {"fid": fid, "clip_score": float(np.mean(scores)), "num_images": len(drawn), "num_reference": target.n,
-               "clip_truncated": truncated, "features": network.name, "feature_dim": network.dim, "clip_model": clip_model}
+               "clip_truncated": truncated, "features": network.name, "feature_dim": network.dim,
+               "clip_model": clip_model}
     write_json(str(stage.path / "scores.json"), scores)
     write_json(str(stage.path / "metrics.json"), metrics)
     return metrics

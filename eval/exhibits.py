@@ -1,4 +1,4 @@
-"""What the report shows of pictures and captions: picked by a hash of the key, never by hand, embedded as thumbnails."""
+"""What the report shows of pictures and captions: picked by a hash of the key, never by hand, and embedded."""
 
 import base64
 import hashlib
@@ -117,8 +117,8 @@ def shorten(text: str) -> Text:
     if len(text) <= SHOWN_CHARACTERS * 1.2:
         return Text(text, "")
     space = text.rfind(" ", SHOWN_CHARACTERS // 2, SHOWN_CHARACTERS)
-    cut = space + 1 if space > 0 else SHOWN_CHARACTERS
-    return Text(text[:cut], text[cut:])
+    cut = space if space > 0 else SHOWN_CHARACTERS
+    return Text(text[:cut], text[cut:].strip())
 
 
 # --- captions ------------------------------------------------------------------------------------------------------

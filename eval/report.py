@@ -38,7 +38,7 @@ class ReportInput:
     environment: dict[str, str] = field(default_factory=dict)
     """Versions and hardware."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Stage → how long it took."""
+    """Stage (`relabel`, `seed-0/train/alt`) → how long it took."""
 
 
 def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]:
@@ -59,11 +59,12 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
         baseline=baseline(content.arms), summaries=summaries, charts=_charts(content.arms, summaries, comparisons),
         against={each["a"]: each for each in comparisons}, grid=rows, cards=cards, lengths=lengths,
         metrics=content.runs[0].metrics, num_seeds=len({each.seed for each in content.runs}),
-        settings=_settings(content.config), flows=_flows(content.counts))
+        settings=_settings(content.config), flows=_flows(content.counts), times=_times(content.seconds))
     # Keys and texts from the web may hold lone surrogates, which no encoding takes.
     write_bytes(str(stage.path / "index.html"), page.encode("utf-8", "replace"))
     write_json(str(stage.path / "report.json"), {
-        "schema": SCHEMA, "runs": [{"seed": each.seed, "arm": each.arm, "metrics": each.metrics} for each in content.runs],
+        "schema": SCHEMA,
+        "runs": [{"seed": each.seed, "arm": each.arm, "metrics": each.metrics} for each in content.runs],
         "comparisons": comparisons, "captions": lengths, "counts": content.counts, "config": content.config,
         "environment": content.environment})
     return {"table": arms_table(summaries, comparisons)}
@@ -78,7 +79,8 @@ def _charts(arms: list[str], summaries: list[ArmSummary], comparisons: list[dict
     against = {each["a"]: each for each in comparisons}
     reference = by_arm[baseline(list(by_arm))]
     tones = {arm: "reference" if arm == reference.arm else _tone(against.get(arm)) for arm in by_arm}
-    fid = [Row(each.arm, each.fids, f"{each.fid:.2f}", tone="reference" if each is reference else "plain") for each in summaries]
+    fid = [Row(each.arm, each.fids, f"{each.fid:.2f}", tone="reference" if each is reference else "plain")
+           for each in summaries]
     clip = [Row(each.arm, each.clip_scores, f"{each.clip_score:.2f}", tone=tones[each.arm]) for each in summaries]
     charts = [{"title": "FID", "note": "Distance to real images. Lower is better.",
                "svg": dot_chart(fid, reference.fid, "FID of every arm")},
@@ -87,8 +89,9 @@ def _charts(arms: list[str], summaries: list[ArmSummary], comparisons: list[dict
     differences = [Row(arm, [found["difference"]], signed(found["difference"]), tuple(found["ci"]), _tone(found))
                    for arm, found in against.items()]
     if differences:
-        charts.append({"title": f"CLIP score against {reference.arm}", "note": "Mean difference over prompts, with its 95 % interval.",
-                       "svg": dot_chart(differences, 0.0, f"Difference of every arm's CLIP score from {reference.arm}")})
+        title = f"CLIP score against {reference.arm}"
+        charts.append({"title": title, "note": "Mean difference over prompts, with its 95 % interval.",
+                       "svg": dot_chart(differences, 0.0, title)})
     return charts
 
 
@@ -114,7 +117,7 @@ def duration(seconds: float) -> str:
 
 
 def _flows(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per stage that counts images: how many came in, went out, and were quarantined for which reason; and its other numbers."""
+    """Per stage: how many images came in, went out, and were quarantined for which reason; and its other numbers."""
     flows = []
     for stage, result in counts.items():
         known = {"images_in", "images_out", "quarantined", "seconds", "fingerprint"}
@@ -124,6 +127,15 @@ def _flows(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         flows.append({"stage": stage, "in": result.get("images_in"), "out": result.get("images_out"), "others": others,
                       "quarantined": sorted(quarantined.items(), key=lambda pair: -pair[1])})
     return flows
+
+
+def _times(seconds: dict[str, float]) -> dict[str, float]:
+    """Seconds by kind of stage, over seeds and arms: `seed-0/train/alt` counts as `train`."""
+    totals: dict[str, float] = {}
+    for stage, value in seconds.items():
+        kind = stage.split("/")[-2] if "/" in stage else stage
+        totals[kind] = totals.get(kind, 0.0) + value
+    return totals
 
 
 def _settings(config: dict[str, Any]) -> str:

@@ -126,7 +126,7 @@ def _train_step(captioner: Captioner, batch: list[Pair], styles: dict[str, Style
 def _log(stage: StageDir, step: int, losses: list[float], batch: list[Pair], bar: Any) -> None:
     loss = sum(losses) / len(losses)
     losses.clear()
-    bar.set_postfix_str(f" · loss {loss:.4f}")
+    bar.set_postfix_str(f"loss {loss:.4f}")
     stage.log(event="step", step=step, images=step * len(batch), loss=loss)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import cache
 
 from tqdm import tqdm
 
@@ -26,5 +27,7 @@ def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
+@cache
 def warn(message: str) -> None:
+    """Say it once, however many arms and shards it holds for."""
     say(f"warning: {message}")

@@ -106,11 +106,12 @@ def label(batch: list[tuple[Sample, Image.Image]], labeller: Labeller, counts: C
 def _members(sample: Sample, captions: dict[str, Caption], labeller: Labeller) -> dict[str, bytes]:
     """The members that relabelling adds. A style that the shard already had is replaced in its place."""
     texts = {f"{name}.txt": caption.text.encode() for name, caption in captions.items()}
-    kinds = [kind for kind in sorted(labeller.config.mix) if kind in captions]
+    present = sample.members | texts  # a style of an earlier relabelling counts as well
+    kinds = [kind for kind in sorted(labeller.config.mix) if f"{kind}.txt" in present]
     if kinds:
         draw = random.Random(f"{labeller.config.seed}/{sample.key}")
         kind = draw.choices(kinds, [labeller.config.mix[kind] for kind in kinds])[0]
-        texts["mix.txt"] = texts[f"{kind}.txt"]
+        texts["mix.txt"] = present[f"{kind}.txt"]
     record = _earlier_record(sample)
     record["captions"] |= {name: _provenance(labeller, name, caption) for name, caption in captions.items()}
     return texts | {"recap.json": json.dumps(record, ensure_ascii=False).encode()}

@@ -77,7 +77,7 @@ def _judge(totals: Counter[str], statuses: Counter[str], config: Stitch, shards:
     if done < config.num_images:
         progress.warn(f"only {done} images, as the shards hold no more: stitch.num_images asks for {config.num_images}")
     if totals["nothing_seen"] > done / 2:
-        progress.warn(f"the experts saw nothing in {totals['nothing_seen']} of {done} images, and so their captions say "
+        progress.warn(f"the experts saw nothing in {totals['nothing_seen']} of {done} images, so their captions say "
                       "nothing: lower stitch.detr.threshold, or add experts")
 
 
@@ -123,7 +123,7 @@ def stitch_batch(batch: list[tuple[Sample, Image.Image]], stitcher: Stitcher) ->
 
 
 def _alt_text(sample: Sample) -> str:
-    """What the shard says. Alt-text that cannot be read gets so far only where it is optional; there it counts as none."""
+    """What the shard says. Alt-text that can't be read comes so far only where it is optional, and counts as none."""
     try:
         return sample.caption("alt") or ""
     except BadSample:

@@ -81,7 +81,7 @@ def _log(stage: StageDir, step: int, losses: list[torch.Tensor], bar: Any, accel
     """Write the mean loss since the last log line; the only place in the loop that waits for the device."""
     loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
     losses.clear()
-    bar.set_postfix_str(f" · loss {loss:.4f}")
+    bar.set_postfix_str(f"loss {loss:.4f}")
     if accelerator.is_main_process:
         stage.log(event="step", step=step, images=bar.n, loss=loss)
     if not math.isfinite(loss):

@@ -22,7 +22,9 @@ class DetrExpert:
 
     def __init__(self, config: Stitch, device: str) -> None:
         from transformers import AutoImageProcessor, DetrForObjectDetection
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()
         ref = config.detr
         local = find_local(ref, WHERE)
         self.threshold = ref.threshold

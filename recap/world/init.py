@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from recap.checkpoint import publish
 from recap.clip_bpe import MAX_LENGTH, VOCAB_SIZE, clip_tokenizer
@@ -46,6 +47,7 @@ def init(out: Path, size: int = 64, seed: int = 0) -> None:
     if marker.is_done(out, settings):
         say(f"{out}: the checkpoints are there already")
         return
+    logging.disable_progress_bar()
     for name, write in PARTS.items():
         temporary = out / f".{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -78,8 +80,8 @@ def write_blip2(folder: Path, size: int) -> None:
                         "encoder_hidden_size": 64, "cross_attention_frequency": 2, "vocab_size": len(tokenizer),
                         "initializer_range": VISION_STD},
         text_config={"model_type": "opt", "vocab_size": len(tokenizer), "hidden_size": 128, "word_embed_proj_dim": 128,
-                     "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 640, "init_std": TEXT_STD,
-                     "bos_token_id": 2, "pad_token_id": 1, "eos_token_id": newline},
+                     "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 640,
+                     "init_std": TEXT_STD, "bos_token_id": 2, "pad_token_id": 1, "eos_token_id": newline},
         num_query_tokens=NUM_QUERY_TOKENS,
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )

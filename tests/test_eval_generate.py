@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from eval.config import Generate
+from eval.generate import image_path, run
+from recap.config import Model
+from recap.errors import UserError
+from recap.rundir import StageDir
+
+LONG = "A red circle is at the left of a blue square. " * 12
+PROMPTS = ["a red circle", LONG, "two stars", "a dog", LONG.replace("red", "green"), "<img src=x> 👩‍👩‍👧‍👦 مرحبا", "a cat"]
+
+
+def draw(folder: Path, models: Path, prompts: list[str] = PROMPTS, seed: int = 0, batch_size: int = 2) -> StageDir:
+    listing = folder.parent / "prompts.txt"
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    listing.write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    stage = StageDir(folder, {})
+    stage.begin()
+    config = Generate(prompts=str(listing), batch_size=batch_size, num_inference_steps=2, seed=seed)
+    result = run(stage, Model(model=str(models / "stable-diffusion")), "train", config, "alt", "cpu")
+    assert result["num_images"] == len(prompts)
+    return stage
+
+
+def contents(stage: StageDir) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(stage.path.glob("*.png"))}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, world_models: Path) -> StageDir:
+    return draw(tmp_path_factory.mktemp("whole") / "alt", world_models)
+
+
+def test_every_prompt_is_drawn_and_listed(whole: StageDir) -> None:
+    rows = [json.loads(line) for line in (whole.path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["prompt"] for row in rows] == [" ".join(prompt.split()) for prompt in PROMPTS]
+    assert [row["index"] for row in rows] == list(range(7)) and len({row["seed"] for row in rows}) == 7
+    assert [row["windows"] > 1 for row in rows] == [prompt.startswith("A ") for prompt in PROMPTS]
+    assert list(contents(whole)) == [f"{index:05d}.png" for index in range(7)]
+    assert {Image.open(image_path(whole.path, index)).size for index in range(7)} == {(64, 64)}
+
+
+def test_resumed_equals_whole(whole: StageDir, world_models: Path, tmp_path: Path) -> None:
+    stage = draw(tmp_path / "alt", world_models)
+    untouched = image_path(stage.path, 0).stat().st_mtime_ns  # 0 and 2 share a batch, as do 3 and 5
+    for index in (3, 1):
+        image_path(stage.path, index).unlink()
+    (stage.path / ".00003.png.tmp").write_bytes(b"what a kill leaves")
+    image_path(stage.path, 5).write_bytes(b"drawn anew with its batch")
+    stage = draw(tmp_path / "alt", world_models)
+    assert contents(stage) == contents(whole)
+    assert image_path(stage.path, 0).stat().st_mtime_ns == untouched
+
+
+def test_an_image_depends_on_its_prompt_and_seed_alone(whole: StageDir, world_models: Path, tmp_path: Path) -> None:
+    import numpy as np
+    alone = draw(tmp_path / "alt", world_models, batch_size=1)
+    for index in range(len(PROMPTS)):
+        one, other = (np.asarray(Image.open(image_path(stage.path, index)), dtype=int) for stage in (alone, whole))
+        assert abs(one - other).max() <= 1  # sums of another batch size may round otherwise
+    other_seed = draw(tmp_path / "other" / "alt", world_models, PROMPTS[:1], seed=1)
+    assert contents(other_seed)["00000.png"] != contents(whole)["00000.png"]
+
+
+def test_no_pipeline_is_one_line(tmp_path: Path, world_models: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.model: no folder at"):
+        draw(tmp_path / "alt", world_models / "none")

@@ -1,0 +1,238 @@
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.config import Report
+from eval.exhibits import captions, picture, shorten
+from eval.generate import image_path
+from eval.report import ReportInput, Run, run
+from recap.errors import UserError
+from recap.rundir import StageDir
+from recap.sample import Sample
+from recap.shards import ShardWriter
+
+PAYLOAD = "<img src=x onerror=alert(1)><script>document.title='pwned'</script>"
+HOSTILE = [PAYLOAD, "مرحبا بالعالم\u202egnp.exe", "👩‍👩‍👧‍👦🦄 " * 60, "x" * 5000, "{{ 7 * 7 }} {% raw %}", "'\"></div><!--", ""]
+ARMS = ["base", "alt", "mix", "shuffled"]
+NUM_PROMPTS = 40
+
+
+def png(seed: int, size: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(256, size=(size, size, 3), dtype=np.uint8))
+
+
+def make_run(root: Path, seed: int, arm: str, better_by: float = 0.0, prompts: int = NUM_PROMPTS) -> Run:
+    """A scored arm, as `generate` and `evaluate` leave it."""
+    images, evaluated = root / f"seed-{seed}/generate/{arm}", root / f"seed-{seed}/eval/{arm}"
+    images.mkdir(parents=True)
+    evaluated.mkdir(parents=True)
+    rows = [{"index": index, "prompt": HOSTILE[index % 6] + f" {index}"} for index in range(prompts)]
+    (images / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for index in range(prompts):
+        png(index).save(image_path(images, index))
+    noise = np.random.default_rng([seed, len(arm)]).normal(size=prompts)
+    scores = (20 + np.arange(prompts) / 10 + better_by + 0.3 * noise).tolist()
+    metrics = {"fid": 40 - 5 * better_by, "clip_score": float(np.mean(scores)), "num_images": prompts,
+               "num_reference": 16, "clip_truncated": 1, "features": "timm <b>net</b>", "feature_dim": 64,
+               "clip_model": "open_clip tiny"}
+    (evaluated / "scores.json").write_text(json.dumps(scores))
+    (evaluated / "metrics.json").write_text(json.dumps(metrics))
+    return Run(seed, arm, images, evaluated)
+
+
+def relabelled(path: Path) -> Path:
+    with ShardWriter(str(path)) as writer:
+        for index, text in enumerate(HOSTILE):
+            png(index, 200).save(path.with_suffix(".jpg"))
+            record = {"schema": 1, "captions": {"short": {"num_clip_tokens": 7}, "long": "no object"}}
+            writer.write(Sample(path.stem, f"{index:04d}<i>", {
+                "jpg": path.with_suffix(".jpg").read_bytes(), "txt": text.encode(), "short.txt": text[::-1].encode(),
+                "long.txt": text.encode(), "recap.json": json.dumps(record).encode() if index % 2 else b"{{["}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> ReportInput:
+    root = tmp_path_factory.mktemp("runs")
+    effects = {"base": -0.5, "alt": 0.0, "mix": 1.0, "shuffled": 0.0}
+    runs = [make_run(root, seed, arm, effects[arm]) for seed in (0, 1) for arm in ARMS if arm != "base" or seed == 0]
+    counts = {"relabel": {"images_in": 10, "images_out": 7, "quarantined": {"undecodable_image": 2, PAYLOAD: 1},
+                          "empty_captions": 1, "seconds": 3.2}}
+    return ReportInput(name="tiny", config={"name": "tiny", "train": {"lr": 1e-5, "note": PAYLOAD}}, arms=ARMS,
+                       styles=["short", "long"], runs=runs, relabelled=[relabelled(root / "00000.tar")], counts=counts,
+                       environment={"python": "3.11", "hardware": "2 CPU cores"},
+                       seconds={"relabel": 30.0, "seed-0/train/alt": 4000.0, "seed-1/train/alt": 4000.0})
+
+
+@pytest.fixture(scope="module")
+def report(content: ReportInput, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    stage = StageDir(tmp_path_factory.mktemp("report"), {})
+    run(stage, content, Report(num_captions=7, num_prompts=6))
+    return stage.path
+
+
+class Page(HTMLParser):
+    """What a browser would make of the page: its elements with their attributes, and its text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def test_hostile_text_stays_text(report: Path) -> None:
+    html = (report / "index.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {tag for tag, _ in page.elements} & {"script", "iframe", "object", "embed", "link", "i>", "b>"}
+    assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
+    assert {attrs["src"][:11] for tag, attrs in page.elements if tag == "img"} <= {"data:image/"}  # type: ignore[index]
+    text = " ".join(page.text)
+    for each in HOSTILE[:3]:
+        assert each.strip()[:200] in text
+    assert "{{ 7 * 7 }}" in text and "49" not in [part.strip() for part in page.text]
+    assert "timm <b>net</b>" in text and PAYLOAD in text
+    assert all(attrs.get("dir") == "auto" for tag, attrs in page.elements if attrs.get("class") == "text")
+
+
+def test_one_file_that_fetches_nothing(report: Path) -> None:
+    html = (report / "index.html").read_text(encoding="utf-8")
+    references = re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']([^"']*)|url\(([^)]*)|@import""", html)
+    assert references and all(source.startswith("data:") for source, _ in references if source != "x")
+    assert "http://" not in html and "https://" not in html
+    assert "default-src 'none'" in html
+
+
+def test_the_whole_of_a_long_text_is_there(report: Path) -> None:
+    page = Page((report / "index.html").read_text(encoding="utf-8"))
+    assert max(len(text.strip()) for text in page.text) < 5000  # shown in part, the rest a click away
+    assert any("more characters" in text for text in page.text)
+    assert "".join(page.text).count("x") >= 2 * 5000
+    cut = shorten("word " * 400)
+    assert f"{cut.shown} {cut.rest}".split() == ["word"] * 400 and len(cut.shown) <= 480
+    assert shorten("y" * 5000).shown == "y" * 480 and shorten("short").rest == ""
+
+
+def test_report_json(report: Path, content: ReportInput) -> None:
+    found = json.loads((report / "report.json").read_bytes())
+    assert found["schema"] == 1 and found["config"] == content.config and found["counts"] == content.counts
+    assert [(each["seed"], each["arm"]) for each in found["runs"]] == [(each.seed, each.arm) for each in content.runs]
+    assert {"fid", "clip_score", "num_images"} <= set(found["runs"][0]["metrics"])
+    by_arm = {each["a"]: each for each in found["comparisons"]}
+    assert set(by_arm) == {"base", "mix", "shuffled"} and all(each["b"] == "alt" for each in by_arm.values())
+    assert set(by_arm["mix"]) == {"a", "b", "metric", "difference", "ci", "p", "verdict"}
+    assert {arm: each["verdict"] for arm, each in by_arm.items()} == {
+        "mix": "better", "base": "worse", "shuffled": "can't tell"}
+    assert {each["metric"] for each in found["comparisons"]} == {"clip_score"}  # no interval for an FID
+    assert found["captions"]["alt"]["num_captions"] == 7 and found["captions"]["long"]["share_over_75"] > 0
+
+
+def test_the_words_fit_the_numbers(report: Path, content: ReportInput, tmp_path: Path) -> None:
+    html = (report / "index.html").read_text(encoding="utf-8")
+    assert "“mix” match their prompts better than those of “alt”" in html and "The control holds" in html
+    assert "over 40 prompts" in html and "fewer images than its 64 features" in html
+    assert "2.2 h" in html and "train 2.2 h" in html
+    alone = ReportInput(name="x", config={}, arms=["alt"], styles=[], runs=content.runs[1:2], relabelled=[])
+    run(StageDir(tmp_path / "alone", {}), alone, Report())
+    assert "There is no second arm to compare." in (tmp_path / "alone" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_failing_control_and_disagreeing_measures_are_said(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, 0, "alt"), make_run(tmp_path, 0, "mix", 1.0), make_run(tmp_path, 0, "shuffled", 1.0)]
+    runs[1].metrics["fid"] = 50.0
+    given = ReportInput(name="x", config={}, arms=["alt", "mix", "shuffled"], styles=[], runs=runs, relabelled=[])
+    run(StageDir(tmp_path / "report", {}), given, Report(num_prompts=1))
+    html = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "The control fails" in html and "The two measures disagree." in html
+
+
+def test_the_table_fits_a_terminal(content: ReportInput, tmp_path: Path) -> None:
+    table = run(StageDir(tmp_path, {}), content, Report(num_prompts=0, num_captions=0))["table"]
+    lines = table.splitlines()
+    assert len(lines) == 5 and max(map(len, lines)) <= 80
+    assert re.search(r"^mix +35\.00 +\d+\.\d\d +\+\d\.\d\d \[\+\d\.\d\d, \+\d\.\d\d\] better$", lines[3])
+
+
+def test_bad_runs_are_named(content: ReportInput, tmp_path: Path) -> None:
+    def report_of(*runs: Run) -> None:
+        given = ReportInput(name="x", config={}, arms=["alt", "mix"], styles=[], runs=list(runs), relabelled=[])
+        run(StageDir(tmp_path / "report", {}), given, Report())
+
+    alt = make_run(tmp_path, 0, "alt")
+    with pytest.raises(UserError, match="did not draw the same prompts"):
+        report_of(alt, make_run(tmp_path, 0, "mix", prompts=30))
+    with pytest.raises(UserError, match=r"no readable metrics\.json"):
+        report_of(alt, Run(0, "mix", tmp_path, tmp_path))
+    with pytest.raises(UserError, match="no arm to show"):
+        report_of()
+
+
+def test_thumbnails() -> None:
+    small, large = picture(png(0, 64)), picture(png(0, 700))
+    assert small.pixelated and small.src.startswith("data:image/png;base64,") and (small.width, small.height) == (64, 64)
+    assert not large.pixelated and large.src.startswith("data:image/jpeg;base64,") and large.width == 320
+
+
+def test_cards_are_picked_by_hash(content: ReportInput) -> None:
+    cards, _ = captions(content.relabelled, ["short", "long"], 3)
+    assert [card.key for card in cards] == [card.key for card in captions(content.relabelled, ["short"], 5)[0]][:3]
+    assert cards[0].before and [caption.style for caption in cards[0].after] == ["short", "long"]
+
+
+# --- in a browser --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def served(report: Path) -> "str":
+    """The report over HTTP, with a page beside it that measures it in frames and says so in its title."""
+    (report / "measure.html").write_text("""<!doctype html><title>…</title><body><script>
+        const widths = [320, 390, 768, 1280], found = [];
+        for (const width of widths) {
+            const frame = document.createElement("iframe");
+            frame.style.width = width + "px"; frame.style.height = "900px"; frame.style.border = 0;
+            frame.onload = () => {
+                const inner = frame.contentDocument, root = inner.documentElement;
+                found.push([width, root.scrollWidth - root.clientWidth, inner.title, inner.scripts.length,
+                            [...inner.images].filter(image => !image.naturalWidth).length]);
+                if (found.length === widths.length) document.title = JSON.stringify(found);
+            };
+            frame.src = "index.html"; document.body.append(frame);
+        }</script>""")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(report))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.full
+def test_in_a_browser_nothing_runs_and_nothing_overflows(served: str, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    found = subprocess.run([
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom", f"{served}/measure.html",
+    ], capture_output=True, text=True, timeout=120, check=True).stdout
+    measured = json.loads("".join(Page(found[:found.index("</title>")]).text))
+    assert sorted(width for width, *_ in measured) == [320, 390, 768, 1280]
+    for width, overflow, title, num_scripts, num_broken in measured:
+        assert overflow <= 0, f"{overflow} px too wide at {width} px"
+        assert title == "tiny · Recap report" and num_scripts == 0 and num_broken == 0

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+
+from eval.statistics import paired_difference
+
+
+def test_false_alarms_are_about_five_percent() -> None:
+    rng = np.random.default_rng(0)
+    prompts = rng.normal(scale=5, size=(600, 60))  # what prompts have in common, which pairing removes
+    a, b = prompts + rng.normal(size=prompts.shape), prompts + rng.normal(size=prompts.shape)
+    found = [paired_difference(x, y, seed, num_resamples=400) for seed, (x, y) in enumerate(zip(a, b, strict=True))]
+    alarms = np.mean([each["p"] < 0.05 for each in found])
+    misses = np.mean([not each["ci"][0] <= 0 <= each["ci"][1] for each in found])
+    assert 0.03 <= alarms <= 0.07
+    assert 0.03 <= misses <= 0.08
+    assert np.mean([each["verdict"] != "can't tell" for each in found]) <= alarms
+
+
+def test_a_planted_effect_is_found_with_its_sign() -> None:
+    rng = np.random.default_rng(1)
+    prompts = rng.normal(scale=5, size=200)
+    a, b = prompts + 0.5 + rng.normal(size=200), prompts + rng.normal(size=200)
+    found = paired_difference(a, b, seed=0)
+    assert found["verdict"] == "better" and found["ci"][0] < 0.5 < found["ci"][1] and found["p"] < 0.01
+    assert found["difference"] == pytest.approx(np.mean(a - b))
+    assert paired_difference(b, a, seed=0)["verdict"] == "worse"
+
+
+def test_the_interval_covers() -> None:
+    rng = np.random.default_rng(2)
+    covered = []
+    for seed in range(400):
+        a = rng.exponential(size=80)  # skewed, as scores are
+        low, high = paired_difference(a, np.zeros(80), seed, num_resamples=400)["ci"]
+        covered.append(low <= 1 <= high)
+    assert 0.90 <= np.mean(covered) <= 0.98
+
+
+def test_draws_are_seeded_and_equal_scores_tell_nothing() -> None:
+    a, b = np.random.default_rng(3).normal(size=(2, 50))
+    assert paired_difference(a, b, seed=5) == paired_difference(a, b, seed=5)
+    same = paired_difference(a, a, seed=0)
+    assert same == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0, "verdict": "can't tell"}
+    assert paired_difference([1.0], [0.0], seed=0)["verdict"] == "can't tell"
+
+
+def test_many_prompts_fit_into_memory() -> None:
+    a = np.random.default_rng(4).normal(size=30_000)
+    assert paired_difference(a + 1, a, seed=0, num_resamples=200)["verdict"] == "better"
+
+
+@pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([float("nan")], [1.0]), ([[1.0]], [[1.0]])])
+def test_what_is_not_paired_is_refused(a: list[float], b: list[float]) -> None:
+    with pytest.raises(ValueError, match="paired scores"):
+        paired_difference(a, b, seed=0)

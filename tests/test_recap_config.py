@@ -1,0 +1,67 @@
+"""Experiment files: defaults < file < overrides, and one clear line for what is wrong."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from recap.config import load
+from recap.errors import UserError
+from recap.pipeline import Experiment
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+
+
+def loaded(tmp_path: Path, text: str, *overrides: str) -> Experiment:
+    (tmp_path / "mine.toml").write_text(text)
+    return load(tmp_path / "mine.toml", overrides, Experiment)
+
+
+def message(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        loaded(tmp_path, text, *overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_file_overrides_defaults_and_the_command_line_the_file(tmp_path: Path) -> None:
+    exp = loaded(tmp_path, "[train]\nlr = 1e-4\nsteps = 7", "train.lr=1e-3", 'arms=["alt"]', "train.model=some/model")
+    assert (exp.train.lr, exp.train.steps, exp.train.batch_size) == (1e-3, 7, 512)
+    assert (exp.arms, exp.train.model, exp.name) == (["alt"], "some/model", "mine")
+
+
+@pytest.mark.parametrize(("text", "overrides", "expected"), [
+    ("[train]\nbatchsize = 8", (), "unknown key train.batchsize: did you mean train.batch_size?"),
+    ("[trian]\nlr = 1", (), "unknown key trian: did you mean train?"),
+    ("", ("styles.short.promt=x", "styles.short.prompt=y"),
+     "unknown key styles.short.promt: did you mean styles.short.prompt?"),
+    ("", ("evaluate.features.modell=x",), "unknown key evaluate.features.modell: did you mean evaluate.features.model?"),
+    ("", ("train.lr=fast",), "train.lr: Input should be a valid number"),
+    ("", ("train.steps=0",), "train.steps: Input should be greater than or equal to 1"),
+    ("", ('arms=["mixx"]',), "arms: no arm 'mixx': did you mean mix?"),
+    ("", ('relabel.mix={huge=1}',), "relabel.mix: no style 'huge': the styles are short, long, rich"),
+    ("", ("name=../up",), "name: String should match pattern"),
+    ("", ("train",), "'train' is not an override: write table.key=value"),
+    ("seeds = 3\n", ("seeds.a=1",), "seeds is a value, not a table"),
+    ("a = [", (), "is not a TOML file"),
+    ("[styles.short]\nmax_new_tokens = 3", (), "styles.short.prompt is missing"),
+])
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, overrides: tuple[str, ...], expected: str) -> None:
+    assert expected in message(tmp_path, text, *overrides)
+
+
+def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no experiment file at"):
+        load(tmp_path / "none.toml", [], Experiment)
+
+
+def test_arms_of_ones_own_stand_beside_the_usual_ones(tmp_path: Path) -> None:
+    exp = loaded(tmp_path, 'arms = ["half", "alt"]\n[arm.half]\ncaptions = { alt = 1, long = 1 }')
+    assert exp.arm["half"].captions == {"alt": 1, "long": 1} and "oracle" in exp.arm
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_that_we_ship_loads_and_opens_with_its_command(path: Path) -> None:
+    load(path, [], Experiment)
+    head = path.read_text().split("\n[")[0]
+    assert all(re.search(rf"^# {word}:", head, re.MULTILINE) for word in ("command", "hardware", "time", "expect"))

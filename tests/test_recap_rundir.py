@@ -1,0 +1,52 @@
+"""A stage's folder: when it counts as done, and when its results may not be mixed with new ones."""
+
+from pathlib import Path
+
+from recap.config import Relabel
+from recap.rundir import StageDir, digest, hash_files
+
+
+def test_a_stage_goes_from_new_to_begun_to_done(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "relabel", {"lr": 1})
+    assert stage.state() == "new"
+    stage.begin()
+    assert stage.state() == "begun"
+    stage.finish({"images": 3})
+    assert stage.state() == "done"
+    assert stage.result()["images"] == 3
+
+
+def test_other_inputs_make_it_changed_and_say_which(tmp_path: Path) -> None:
+    StageDir(tmp_path, {"relabel": Relabel(batch_size=8), "seed": 0}).begin()
+    changed = StageDir(tmp_path, {"relabel": Relabel(batch_size=16), "seed": 0})
+    assert changed.state() == "changed"
+    assert changed.changes() == ["relabel.batch_size: 8 → 16"]
+
+
+def test_the_fingerprint_depends_on_values_not_on_their_order(tmp_path: Path) -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+def test_a_damaged_marker_counts_as_none(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path, {})
+    stage.begin()
+    (tmp_path / "done.json").write_bytes(b'{"half')
+    assert stage.state() == "begun"
+
+
+def test_clear_leaves_nothing(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "s", {})
+    stage.begin()
+    (stage.path / "x.tar").write_bytes(b"x")
+    stage.clear()
+    assert not stage.path.exists() and stage.state() == "new"
+
+
+def test_the_hash_of_a_folder_covers_names_and_contents(tmp_path: Path) -> None:
+    hashes = set()
+    for name, content in (("a", b"1"), ("a", b"2"), ("b", b"2")):
+        folder = tmp_path / f"{name}{content.decode()}"
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        hashes.add(hash_files(folder))
+    assert len(hashes) == 3

@@ -1,0 +1,66 @@
+"""Training: exact resume, and a diffusers folder at the end."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recap.rundir import StageDir
+from train_t2i.config import Arm, Train
+from train_t2i.data import Batch, Stream
+from train_t2i.train import run
+
+ARM = Arm(captions={"alt": 1, "exact": 1})
+
+
+def config(models: Path, **changes: object) -> Train:
+    return Train(model=str(models / "stable-diffusion"), resolution=32, steps=5, batch_size=4, lr=1e-3,
+                 checkpoint_every=2, **changes)
+
+
+def trained(out: Path, shards: Path, settings: Train) -> dict[str, torch.Tensor]:
+    stage = StageDir(out, {})
+    stage.begin()
+    run(stage, sorted(map(str, (shards / "train").glob("*.tar"))), settings, ARM, 0, "alt", "cpu")
+    return {f"{part}.{name}": tensor for part in ("unet", "text_encoder")
+            for file in (out / "pipeline" / part).glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(world_models: Path, world_shards: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained(tmp_path / "whole", world_shards, config(world_models))
+    take = Stream.take
+
+    def stopping(self: Stream, *arguments: int) -> Batch:
+        if self.offset >= 12:  # the fourth step; the last checkpoint is of the second
+            raise KeyboardInterrupt
+        return take(self, *arguments)
+
+    monkeypatch.setattr(Stream, "take", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "stopped", world_shards, config(world_models))
+    assert json.loads((tmp_path / "stopped" / "checkpoint" / "state.json").read_text())["step"] == 2
+    monkeypatch.undo()
+    again = trained(tmp_path / "stopped", world_shards, config(world_models))
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_micro_batches_change_memory_not_the_result(world_models: Path, world_shards: Path, tmp_path: Path) -> None:
+    for name, size in (("whole", None), ("parts", 1)):
+        trained(tmp_path / name, world_shards, config(world_models, micro_batch_size=size))
+    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("whole", "parts")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_unet_and_text_encoder_both_change_and_the_vae_does_not(world_models: Path, world_shards: Path,
+                                                                tmp_path: Path) -> None:
+    after = trained(tmp_path, world_shards, config(world_models))
+    for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        before = load_file(world_models / "stable-diffusion" / part / f"{file}.safetensors")
+        assert any(not torch.equal(after[f"{part}.{name}"], tensor) for name, tensor in before.items())
+    vae = "vae/diffusion_pytorch_model.safetensors"
+    before, now = load_file(world_models / "stable-diffusion" / vae), load_file(tmp_path / "pipeline" / vae)
+    assert all(torch.equal(before[name], now[name]) for name in before)
