@@ -1,1 +1,4 @@
-"""Pipelines and shards → numbers, pictures, one report. Import its modules (`from eval.fid import …`), never `eval` itself."""
+"""Pipelines and shards → numbers, pictures, one report.
+
+Import its modules (`from eval.fid import …`), never `eval` itself, which would hide Python's own.
+"""

@@ -127,7 +127,7 @@ def verdict(arms: list[str], summaries: list[ArmSummary], comparisons: list[dict
         headline = f"No difference between the arms “{a}” and “{b}” could be shown."
     num_prompts = summaries[0].num_images
     return headline, [_clip_sentence(a, b, num_prompts, found), *_fid_sentences(a, b, summaries, found),
-                      *_control_sentences(by_arm, b)]
+                      *_control_sentences(by_arm, b), *_seed_sentences(a, summaries)]
 
 
 def _clip_sentence(a: str, b: str, num_prompts: int, found: dict[str, Any]) -> str:
@@ -154,6 +154,13 @@ def _control_sentences(by_arm: dict[str, dict[str, Any]], b: str) -> list[str]:
         return [f"The control fails: captions of other images (shuffled) also beat {b}, so what the captions say is "
                 "not the cause."]
     return [f"The control holds: captions of other images (shuffled) do not beat {b}."]
+
+
+def _seed_sentences(a: str, summaries: list[ArmSummary]) -> list[str]:
+    if any(each.arm == a and len(each.fids) > 1 for each in summaries):
+        return []
+    return ["There is one training seed: the interval speaks of these very models, and training anew may move them "
+            "by more."]
 
 
 def signed(value: float, digits: int = 2) -> str:

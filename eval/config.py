@@ -7,7 +7,7 @@ from recap.config import Model, Table
 
 class Generate(Table):
     prompts: str | list[str] = Field(default_factory=list)
-    """What every arm draws: a .txt (one a line), .tsv (a `Prompt` column) or .jsonl (a `prompt` field) file, or shards."""
+    """What every arm draws: a file .txt (one a line), .tsv (column `Prompt`) or .jsonl (field `prompt`), or shards."""
     kind: str = "alt"
     """Where `prompts` are shards: the caption kind that serves as the prompt."""
     num_prompts: int | None = Field(None, ge=1)
@@ -21,7 +21,7 @@ class Generate(Table):
 
 class Features(Model):
     model: str = "clean-fid"
-    """The FID feature network: `clean-fid` (Inception-v3 as clean-fid has it) or a timm model (`local-dir:FOLDER`, `hf-hub:ID`)."""
+    """The FID network: `clean-fid` (its Inception-v3) or a timm model (`local-dir:FOLDER`, `hf-hub:ID`)."""
 
 
 class ClipScore(Model):

@@ -63,12 +63,12 @@ def test_real_images_against_themselves(config: Evaluate, tmp_path: Path, drawn:
     own = config.model_copy(update={"reference": str(drawn)})
     found = evaluate.reference(StageDir(tmp_path / "reference", {}), own, "cpu")
     metrics = evaluate.run(StageDir(tmp_path / "eval", {}), drawn, tmp_path / "reference", own, "cpu")
-    assert found["num_images"] == 20 and metrics["fid"] == pytest.approx(0, abs=1e-5)
+    assert found["num_images"] == 20 and metrics["fid"] == pytest.approx(0, abs=1e-9)
 
 
-def test_a_reference_of_another_network_is_refused(drawn: Path, reference: Path, config: Evaluate, tmp_path: Path) -> None:
+def test_another_networks_reference_is_refused(drawn: Path, reference: Path, config: Evaluate, tmp_path: Path) -> None:
     found, about = fid.load(reference)
-    for change, says in [({"features": "clean-fid"}, "made with features 'clean-fid'"), ({"resize": "none"}, "made with resize")]:
+    for change, says in [({"features": "clean-fid"}, "with features 'clean-fid'"), ({"resize": "none"}, "with resize")]:
         fid.save(tmp_path / "other.npz", found, about | change)
         with pytest.raises(UserError, match=says):
             evaluate.run(StageDir(tmp_path / "eval", {}), drawn, tmp_path / "other.npz", config, "cpu")
@@ -95,5 +95,6 @@ def test_a_broken_picture_is_named(drawn: Path, reference: Path, config: Evaluat
 def test_too_few_references(config: Evaluate, tmp_path: Path, drawn: Path) -> None:
     for path in sorted(drawn.glob("*.png"))[1:]:
         path.unlink()
+    own = config.model_copy(update={"reference": str(drawn)})
     with pytest.raises(UserError, match="1 usable images"):
-        evaluate.reference(StageDir(tmp_path / "reference", {}), config.model_copy(update={"reference": str(drawn)}), "cpu")
+        evaluate.reference(StageDir(tmp_path / "reference", {}), own, "cpu")

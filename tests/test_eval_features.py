@@ -117,6 +117,8 @@ def test_a_broken_image_in_a_shard_is_counted(tmp_path: Path) -> None:
 
 
 def test_no_images(tmp_path: Path) -> None:
-    for source, says in [(str(tmp_path), "no image"), ([], "is empty"), (str(tmp_path / "none.tar"), "check the path")]:
+    cases: list[tuple[str | list[str], str]] = [
+        (str(tmp_path), "no image"), ([], "is empty"), (str(tmp_path / "none.tar"), "check the path")]
+    for source, says in cases:
         with pytest.raises(UserError, match=says):
             list(iterate_images(source, "evaluate.reference", []))

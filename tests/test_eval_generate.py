@@ -1,6 +1,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -11,7 +12,8 @@ from recap.errors import UserError
 from recap.rundir import StageDir
 
 LONG = "A red circle is at the left of a blue square. " * 12
-PROMPTS = ["a red circle", LONG, "two stars", "a dog", LONG.replace("red", "green"), "<img src=x> 👩‍👩‍👧‍👦 مرحبا", "a cat"]
+PROMPTS = ["a red circle", LONG, "two stars", "a dog", LONG.replace("red", "green"),
+           "<img src=x> 👩‍👩‍👧‍👦 مرحبا", "a cat"]
 
 
 def draw(folder: Path, models: Path, prompts: list[str] = PROMPTS, seed: int = 0, batch_size: int = 2) -> StageDir:
@@ -57,7 +59,6 @@ def test_resumed_equals_whole(whole: StageDir, world_models: Path, tmp_path: Pat
 
 
 def test_an_image_depends_on_its_prompt_and_seed_alone(whole: StageDir, world_models: Path, tmp_path: Path) -> None:
-    import numpy as np
     alone = draw(tmp_path / "alt", world_models, batch_size=1)
     for index in range(len(PROMPTS)):
         one, other = (np.asarray(Image.open(image_path(stage.path, index)), dtype=int) for stage in (alone, whole))

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import threading
+from collections.abc import Iterator
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,7 +23,8 @@ from recap.sample import Sample
 from recap.shards import ShardWriter
 
 PAYLOAD = "<img src=x onerror=alert(1)><script>document.title='pwned'</script>"
-HOSTILE = [PAYLOAD, "مرحبا بالعالم\u202egnp.exe", "👩‍👩‍👧‍👦🦄 " * 60, "x" * 5000, "{{ 7 * 7 }} {% raw %}", "'\"></div><!--", ""]
+HOSTILE = [PAYLOAD, "مرحبا بالعالم\u202egnp.exe", "👩‍👩‍👧‍👦🦄 " * 60, "x" * 5000,
+           "{{ 7 * 7 }} {% raw %}", "'\"></div><!--", ""]
 ARMS = ["base", "alt", "mix", "shuffled"]
 NUM_PROMPTS = 40
 
@@ -120,7 +122,8 @@ def test_one_file_that_fetches_nothing(report: Path) -> None:
 
 
 def test_the_whole_of_a_long_text_is_there(report: Path) -> None:
-    page = Page((report / "index.html").read_text(encoding="utf-8"))
+    html = (report / "index.html").read_text(encoding="utf-8")
+    page = Page(html[html.index("<body>"):])
     assert max(len(text.strip()) for text in page.text) < 5000  # shown in part, the rest a click away
     assert any("more characters" in text for text in page.text)
     assert "".join(page.text).count("x") >= 2 * 5000
@@ -147,7 +150,7 @@ def test_the_words_fit_the_numbers(report: Path, content: ReportInput, tmp_path:
     html = (report / "index.html").read_text(encoding="utf-8")
     assert "“mix” match their prompts better than those of “alt”" in html and "The control holds" in html
     assert "over 40 prompts" in html and "fewer images than its 64 features" in html
-    assert "2.2 h" in html and "train 2.2 h" in html
+    assert "2.2 h" in html and "train 2.2 h" in html and "one training seed" not in html
     alone = ReportInput(name="x", config={}, arms=["alt"], styles=[], runs=content.runs[1:2], relabelled=[])
     run(StageDir(tmp_path / "alone", {}), alone, Report())
     assert "There is no second arm to compare." in (tmp_path / "alone" / "index.html").read_text(encoding="utf-8")
@@ -159,7 +162,7 @@ def test_a_failing_control_and_disagreeing_measures_are_said(tmp_path: Path) -> 
     given = ReportInput(name="x", config={}, arms=["alt", "mix", "shuffled"], styles=[], runs=runs, relabelled=[])
     run(StageDir(tmp_path / "report", {}), given, Report(num_prompts=1))
     html = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    assert "The control fails" in html and "The two measures disagree." in html
+    assert "The control fails" in html and "The two measures disagree." in html and "one training seed" in html
 
 
 def test_the_table_fits_a_terminal(content: ReportInput, tmp_path: Path) -> None:
@@ -185,7 +188,7 @@ def test_bad_runs_are_named(content: ReportInput, tmp_path: Path) -> None:
 
 def test_thumbnails() -> None:
     small, large = picture(png(0, 64)), picture(png(0, 700))
-    assert small.pixelated and small.src.startswith("data:image/png;base64,") and (small.width, small.height) == (64, 64)
+    assert small.pixelated and small.src.startswith("data:image/png;base64,") and small.width == small.height == 64
     assert not large.pixelated and large.src.startswith("data:image/jpeg;base64,") and large.width == 320
 
 
@@ -199,7 +202,7 @@ def test_cards_are_picked_by_hash(content: ReportInput) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(report: Path) -> "str":
+def served(report: Path) -> Iterator[str]:
     """The report over HTTP, with a page beside it that measures it in frames and says so in its title."""
     (report / "measure.html").write_text("""<!doctype html><title>…</title><body><script>
         const widths = [320, 390, 768, 1280], found = [];

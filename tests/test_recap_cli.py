@@ -35,7 +35,7 @@ def test_help_fits_80_columns(arguments: list[str]) -> None:
     (["run", "-c", TINY, "data.shards=none/*.tar"], "data.shards: nothing at none/*.tar"),
     (["generate", "-c", TINY, "generate.prompts=none.txt", 'arms=["base"]'], "generate.prompts: nothing at none.txt"),
     (["relabel", "-c", TINY, "data.shards={shard}", "captioner.model=./none", "captioner.adapter=none"],
-     "captioner.model: no folder at none"),
+     "captioner.model: no folder at ./none"),
     (["relabel", "-c", TINY, "data.shards={shard}", "captioner.model={models}/blip2", "captioner.adapter=none-such"],
      "captioner.adapter: no folder at none-such"),
     (["stitch", "-c", TINY, "data.shards={shard}", 'stitch.experts=["dter"]', "stitch.detr.model={models}/detr"],

@@ -35,7 +35,8 @@ def test_the_file_overrides_defaults_and_the_command_line_the_file(tmp_path: Pat
     ("[trian]\nlr = 1", (), "unknown key trian: did you mean train?"),
     ("", ("styles.short.promt=x", "styles.short.prompt=y"),
      "unknown key styles.short.promt: did you mean styles.short.prompt?"),
-    ("", ("evaluate.features.modell=x",), "unknown key evaluate.features.modell: did you mean evaluate.features.model?"),
+    ("", ("evaluate.features.modell=x",),
+     "unknown key evaluate.features.modell: did you mean evaluate.features.model?"),
     ("", ("train.lr=fast",), "train.lr: Input should be a valid number"),
     ("", ("train.steps=0",), "train.steps: Input should be greater than or equal to 1"),
     ("", ('arms=["mixx"]',), "arms: no arm 'mixx': did you mean mix?"),
@@ -46,7 +47,8 @@ def test_the_file_overrides_defaults_and_the_command_line_the_file(tmp_path: Pat
     ("a = [", (), "is not a TOML file"),
     ("[styles.short]\nmax_new_tokens = 3", (), "styles.short.prompt is missing"),
 ])
-def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, overrides: tuple[str, ...], expected: str) -> None:
+def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, overrides: tuple[str, ...],
+                                           expected: str) -> None:
     assert expected in message(tmp_path, text, *overrides)
 
 

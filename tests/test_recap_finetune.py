@@ -80,7 +80,8 @@ def test_every_style_of_every_image_is_a_pair_and_long_captions_are_cut_and_coun
     assert num_cut == 6
 
 
-def test_shards_without_styled_captions_are_one_clear_line(world_shards: Path, world_models: Path, tmp_path: Path) -> None:
+def test_shards_without_styled_captions_are_one_clear_line(world_shards: Path, world_models: Path,
+                                                           tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stitch them first"):
         tuned(tmp_path, [str(world_shards / "eval" / "00000.tar")], world_models)
 

@@ -146,7 +146,8 @@ def results(run: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.full
-def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_a_run_killed_in_every_stage_ends_with_the_same_bytes(finished: Path, arguments: list[str],
+                                                              tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     command = [str(Path(sys.executable).with_name("recap")), *arguments, f"runs={tmp_path}"]
     waiting = sorted(str(done.parent.relative_to(finished)) for done in finished.rglob("done.json"))

@@ -15,7 +15,8 @@ from recap.rundir import StageDir
 from recap.sample import Sample
 from recap.shards import Reject, ShardWriter, read_shard
 
-STYLES = {"short": Style(prompt="A short caption:", max_new_tokens=6), "long": Style(prompt="In detail:", max_new_tokens=9)}
+STYLES = {"short": Style(prompt="A short caption:", max_new_tokens=6),
+          "long": Style(prompt="In detail:", max_new_tokens=9)}
 
 
 def png(level: int) -> bytes:
@@ -56,7 +57,8 @@ def nasty(tmp_path: Path) -> str:
     return str(tmp_path / "in" / "00000.tar")
 
 
-def test_every_sample_is_captioned_or_quarantined_with_its_reason(nasty: str, tmp_path: Path, world_models: Path) -> None:
+def test_every_sample_is_captioned_or_quarantined_with_its_reason(nasty: str, tmp_path: Path,
+                                                                  world_models: Path) -> None:
     result = relabelled([nasty], tmp_path / "out", world_models)
     assert [sample.key for sample in read(tmp_path / "out" / "00000.tar")] == ["good-1", "good-2"]
     lines = (tmp_path / "out" / "00000_quarantine.jsonl").read_text().splitlines()
