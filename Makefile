@@ -1,6 +1,6 @@
 # `make demo` and `make test` set themselves up: they need Python 3.11+, make and a C compiler, nothing else.
 
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -13,6 +13,8 @@ help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "recap needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@echo "setting up $(VENV) from requirements.lock …"
@@ -22,7 +24,7 @@ $(READY): requirements.lock pyproject.toml
 
 setup: $(READY)  ## Install recap and what it needs into .venv
 
-demo: $(READY)  ## The whole pipeline on drawn images and tiny models: about 3 minutes on 2 cores
+demo: $(READY)  ## The whole pipeline on drawn images and tiny models: about 2 minutes on 2 cores
 	@$(BIN)/recap world draw runs/world/shards
 	@$(BIN)/recap world init runs/world/models
 	@$(BIN)/recap run -c configs/tiny.toml

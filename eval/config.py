@@ -39,6 +39,8 @@ class Evaluate(Table):
 
 class Report(Table):
     title: str | None = None
+    note: str | None = None
+    """What a reader must know before the figures, shown above them."""
     num_captions: int = Field(8, ge=0)
     """Images shown with their captions before and after."""
     num_prompts: int = Field(8, ge=0)

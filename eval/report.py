@@ -55,7 +55,7 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
     rows = grid(content.arms, content.runs, config.num_prompts)
     headline, sentences = verdict(content.arms, summaries, comparisons)
     page = _template().render(
-        title=config.title or content.name, content=content, headline=headline, sentences=sentences,
+        title=config.title or content.name, note=config.note, content=content, headline=headline, sentences=sentences,
         baseline=baseline(content.arms), summaries=summaries, charts=_charts(content.arms, summaries, comparisons),
         against={each["a"]: each for each in comparisons}, grid=rows, cards=cards, lengths=lengths,
         metrics=content.runs[0].metrics, num_seeds=len({each.seed for each in content.runs}),

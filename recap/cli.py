@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ.setdefault(name, "error")
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the libraries' plans, which no user can act on
     try:
         app(arguments)
     except UserError as error:

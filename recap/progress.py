@@ -6,7 +6,7 @@ from functools import cache
 
 from tqdm import tqdm
 
-BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} img · {rate_fmt} · {remaining} left{postfix}"
+BAR = "{desc} {percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} img · {rate_fmt} · {remaining} left{postfix}"
 
 
 def is_main() -> bool:
@@ -17,7 +17,7 @@ def is_main() -> bool:
 def bar(name: str, total: int | None, done: int = 0) -> "tqdm[None]":
     """A bar of images with rate and ETA. `done` are those of an earlier try, which do not count in the rate."""
     # Not on a terminal (a log file), one line every 10 s is enough.
-    return tqdm(total=total, initial=done, desc=f"{name:<24}", unit=" img", disable=not is_main(), dynamic_ncols=True,
+    return tqdm(total=total, initial=done, desc=f"{name:<17}", unit=" img", disable=not is_main(), dynamic_ncols=True,
                 mininterval=0.2 if sys.stderr.isatty() else 10, leave=True,
                 bar_format=BAR if total else "{desc} {n_fmt} img · {rate_fmt}{postfix}")
 
