@@ -10,8 +10,13 @@ BAR = "{desc} {percentage:3.0f}% {bar:10} {n_fmt}/{total_fmt} img · {rate_fmt} 
 
 
 def is_main() -> bool:
-    """Whether this process is the one that speaks, under torchrun, accelerate or Slurm."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    """Whether this process is the one that speaks and writes, under torchrun or accelerate."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def num_processes() -> int:
+    """How many processes torchrun or accelerate started for this command."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def bar(name: str, total: int | None, done: int = 0) -> "tqdm[None]":
