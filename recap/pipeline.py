@@ -116,7 +116,8 @@ def run(exp: Experiment, verb: str | None = None, redo: bool = False) -> None:
     if not chosen:
         raise UserError(f"nothing to {verb}: this experiment names that stage's result itself")
     if progress.num_processes() > 1 and (redo or {stage.verb for stage in chosen} != {"train"}):
-        raise UserError("only `recap train`, without --redo, runs in several processes: run the rest in one, before or after")
+        raise UserError("only `recap train`, without --redo, runs in several processes: run the rest in one, "
+                        "before or after")
     for stage in chosen:
         stage.dir  # noqa: B018  (what is missing is said now, not after hours of the stages before)
     for place, stage in enumerate(chosen, 1):

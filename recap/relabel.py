@@ -1,5 +1,6 @@
 """Shards in, the same shards with captions out. A shard is the unit of work; to resume, run the same command again."""
 
+import functools
 import json
 import random
 from collections import Counter
@@ -16,10 +17,11 @@ from recap.chunks import split
 from recap.clip_bpe import clip_tokenizer
 from recap.config import Captioner as CaptionerConfig
 from recap.config import Data, Relabel, Style
-from recap.errors import BadSample, UserError
+from recap.errors import UserError
 from recap.rundir import StageDir, hash_files
 from recap.sample import Sample
-from recap.shards import Reject, ShardWriter, count_images, read_shard, shard_name, write_json, write_rejects
+from recap.shard_work import Stats, batches, once, stats_of, total
+from recap.shards import Reject, ShardWriter, count_images, shard_name
 
 SCHEMA = 1
 
@@ -38,26 +40,23 @@ class Labeller:
 def run(stage: StageDir, shards: list[str], captioner_config: CaptionerConfig, adapter: Path | None,
         styles: dict[str, Style], config: Relabel, data: Data, device: str) -> dict[str, Any]:
     """Caption every image in every style; write each shard, then its quarantine, then its stats."""
-    labeller: Labeller | None = None
-    totals: Counter[str] = Counter()
-    statuses: Counter[str] = Counter()
+    labeller = functools.cache(lambda: open_labeller(captioner_config, adapter, styles, config, device))
+    found = []
+
+    def work(shard: str) -> Stats:
+        return relabel_shard(shard, stage.path, labeller(), data, bar)
+
     with progress.bar("relabel", count_images(shards)) as bar:
         for shard in shards:
-            stats = _stats_of(stage.path, shard)
-            if stats is None:
-                labeller = labeller or open_labeller(captioner_config, adapter, styles, config, device)
-                stats = relabel_shard(shard, stage.path, labeller, data, bar)
-                stage.log(event="shard", shard=shard_name(shard), **stats)
-            else:
+            stats, new = once(stage, shard, work)
+            found.append(stats)
+            if not new:
                 bar.update(stats["count"])
-            totals.update({name: stats[name] for name in ("count", "successes", "empty_captions", "not_ended")})
-            statuses.update(stats["status_dict"])
-    del statuses["success"]
-    if not totals["successes"]:
-        raise UserError(f"relabel: no image of {', '.join(shards[:3])} could be used ({dict(statuses)}): "
+    result = total(found, "empty_captions", "not_ended")
+    if not result["images_out"]:
+        raise UserError(f"relabel: no image of {', '.join(shards[:3])} could be used ({result['quarantined']}): "
                         "check data.shards")
-    return {"images_in": totals["count"], "images_out": totals["successes"], "quarantined": dict(statuses),
-            "empty_captions": totals["empty_captions"], "not_ended": totals["not_ended"]}
+    return result
 
 
 def open_labeller(captioner_config: CaptionerConfig, adapter: Path | None, styles: dict[str, Style], config: Relabel,
@@ -67,28 +66,18 @@ def open_labeller(captioner_config: CaptionerConfig, adapter: Path | None, style
     return Labeller(open_captioner(captioner_config, device, adapter), styles, config, source)
 
 
-def relabel_shard(shard: str, out: Path, labeller: Labeller, data: Data, bar: Any) -> dict[str, Any]:
-    """Relabel one shard, in batches formed in file order; its stats, named as img2dataset names them."""
+def relabel_shard(shard: str, out: Path, labeller: Labeller, data: Data, bar: Any) -> Stats:
+    """Relabel one shard; its stats."""
     rejects: list[Reject] = []
-    counts: Counter[str] = Counter(successes=0, empty_captions=0, not_ended=0)
-    name = shard_name(shard)
-    with ShardWriter(str(out / f"{name}.tar")) as writer:
-        for batch in _batches(shard, labeller.config.batch_size, data, rejects):
+    counts = Counter(successes=0, empty_captions=0, not_ended=0)
+    with ShardWriter(str(out / f"{shard_name(shard)}.tar")) as writer:
+        for batch in batches(shard, labeller.config.batch_size, data, rejects):
             for sample in label(batch, labeller, counts):
                 writer.write(sample)
             counts["successes"] += len(batch)
             bar.update(len(batch))
     bar.update(len(rejects))
-    reasons = Counter(reject.reason for reject in rejects)
-    if rejects:
-        quarantine = out / f"{name}_quarantine.jsonl"
-        write_rejects(str(quarantine), rejects)
-        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-        progress.warn(f"{shard}: {len(rejects)} samples quarantined ({listed}), see {quarantine}")
-    stats = {"count": counts["successes"] + len(rejects), **counts,
-             "status_dict": {"success": counts["successes"], **reasons}}
-    write_json(str(out / f"{name}_stats.json"), stats)
-    return stats
+    return stats_of(shard, out, rejects=rejects, **counts)
 
 
 def label(batch: list[tuple[Sample, Image.Image]], labeller: Labeller, counts: Counter[str]) -> Iterator[Sample]:
@@ -137,23 +126,3 @@ def _earlier_record(sample: Sample) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError, RecursionError):
         pass
     return {"schema": SCHEMA, "captions": {}}
-
-
-def _batches(shard: str, size: int, data: Data, rejects: list[Reject]) -> Iterator[list[tuple[Sample, Image.Image]]]:
-    batch = []
-    for sample in read_shard(shard, rejects):
-        try:
-            batch.append((sample, sample.check(data.alt_text)))
-        except BadSample as error:
-            rejects.append(Reject(sample.shard, sample.key, error.reason, error.detail))
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
-def _stats_of(out: Path, shard: str) -> dict[str, Any] | None:
-    """The stats of a shard that is done: they are written last."""
-    path = out / f"{shard_name(shard)}_stats.json"
-    return json.loads(path.read_bytes()) if path.is_file() else None

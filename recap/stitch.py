@@ -4,6 +4,7 @@ What is written are shards again: the members of the input, `KEY.STYLE.txt` for 
 says what the captions were made of.
 """
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from recap.experts import Expert, Facts, merge, open_experts
 from recap.llm import TemplateWriter
 from recap.rundir import StageDir
 from recap.sample import Sample
-from recap.shards import Reject, ShardWriter, read_shard, shard_name, write_json, write_rejects
+from recap.shard_work import Stats, batches, once, stats_of, total
+from recap.shards import Reject, ShardWriter, shard_name
 
 SCHEMA = 1
 
@@ -45,67 +47,56 @@ def run(stage: StageDir, shards: list[str], config: Stitch, styles: dict[str, St
     Raises:
         UserError: no image could be used.
     """
-    stitcher: Stitcher | None = None
-    totals: Counter[str] = Counter()
-    statuses: Counter[str] = Counter()
+    stitcher = functools.cache(lambda: Stitcher(open_experts(config, device), TemplateWriter(), list(styles)))
+    found: list[Stats] = []
+    wanted = config.num_images
+
+    def work(shard: str) -> Stats:
+        return stitch_shard(shard, stage.path, stitcher(), config.batch_size, wanted, data, bar)
+
     with progress.bar("stitch", config.num_images) as bar:
         for shard in shards:
-            wanted = config.num_images - totals["successes"]
-            if wanted <= 0:
-                break
-            stats = _stats_of(stage.path, shard)
-            if stats is None:
-                stitcher = stitcher or Stitcher(open_experts(config, device), TemplateWriter(), list(styles))
-                stats = stitch_shard(shard, stage.path, stitcher, config.batch_size, wanted, data, bar)
-                stage.log(event="shard", shard=shard_name(shard), **stats)
-            else:
+            stats, new = once(stage, shard, work)
+            found.append(stats)
+            if not new:
                 bar.update(stats["successes"])
-            totals.update({name: stats[name] for name in ("count", "successes", "nothing_seen")})
-            statuses.update(stats["status_dict"])
-    del statuses["success"]
-    _judge(totals, statuses, config, shards)
-    return {"images_in": totals["count"], "images_out": totals["successes"], "quarantined": dict(statuses),
-            "nothing_seen": totals["nothing_seen"]}
+            wanted -= stats["successes"]
+            if not wanted:
+                break
+    result = total(found, "nothing_seen")
+    _judge(result, config, shards)
+    return result
 
 
-def _judge(totals: Counter[str], statuses: Counter[str], config: Stitch, shards: list[str]) -> None:
+def _judge(result: Stats, config: Stitch, shards: list[str]) -> None:
     """Say what the numbers mean for the captioner that will learn from these captions."""
-    done = totals["successes"]
+    done = result["images_out"]
     if not done:
-        raise UserError(f"stitch: no image of {', '.join(shards[:3])} could be used ({dict(statuses)}): "
+        raise UserError(f"stitch: no image of {', '.join(shards[:3])} could be used ({result['quarantined']}): "
                         "check stitch.shards")
     if done < config.num_images:
         progress.warn(f"only {done} images, as the shards hold no more: stitch.num_images asks for {config.num_images}")
-    if totals["nothing_seen"] > done / 2:
-        progress.warn(f"the experts saw nothing in {totals['nothing_seen']} of {done} images, so their captions say "
+    if result["nothing_seen"] > done / 2:
+        progress.warn(f"the experts saw nothing in {result['nothing_seen']} of {done} images, so their captions say "
                       "nothing: lower stitch.detr.threshold, or add experts")
 
 
 def stitch_shard(shard: str, out: Path, stitcher: Stitcher, batch_size: int, wanted: int, data: Data,
-                 bar: Any) -> dict[str, Any]:
-    """Write captions for the first `wanted` usable images of a shard; its stats, named as img2dataset names them.
-
-    Batches are formed within the shard, in file order, so the result does not depend on interruption.
-    """
+                 bar: Any) -> Stats:
+    """Write captions for the first `wanted` usable images of a shard; its stats."""
     rejects: list[Reject] = []
-    name = shard_name(shard)
     done = nothing_seen = 0
     num_words: Counter[str] = Counter()
-    with ShardWriter(str(out / f"{name}.tar")) as writer:
-        for batch in _batches(shard, batch_size, wanted, data, rejects):
+    with ShardWriter(str(out / f"{shard_name(shard)}.tar")) as writer:
+        for batch in batches(shard, batch_size, data, rejects, wanted):
             for sample, facts in stitch_batch(batch, stitcher):
                 writer.write(sample)
                 num_words.update({style: len(sample.members[f"{style}.txt"].split()) for style in stitcher.styles})
                 nothing_seen += not facts.seen
             done += len(batch)
             bar.update(len(batch))
-    _write_quarantine(out / f"{name}_quarantine.jsonl", shard, rejects)
-    reasons = Counter(reject.reason for reject in rejects)
-    stats = {"count": done + len(rejects), "successes": done, "nothing_seen": nothing_seen,
-             "mean_words": {style: round(num_words[style] / done, 2) if done else 0.0 for style in stitcher.styles},
-             "status_dict": {"success": done, **reasons}}
-    write_json(str(out / f"{name}_stats.json"), stats)
-    return stats
+    mean_words = {style: round(num_words[style] / done, 2) if done else 0.0 for style in stitcher.styles}
+    return stats_of(shard, out, done, rejects, nothing_seen=nothing_seen, mean_words=mean_words)
 
 
 def stitch_batch(batch: list[tuple[Sample, Image.Image]], stitcher: Stitcher) -> Iterator[tuple[Sample, Facts]]:
@@ -138,36 +129,3 @@ def _record(by_expert: dict[str, Facts], stitcher: Stitcher, image: Image.Image)
                     for name, facts in by_expert.items()},
         "writer": stitcher.writer.provenance,
     }
-
-
-def _batches(shard: str, size: int, wanted: int, data: Data,
-             rejects: list[Reject]) -> Iterator[list[tuple[Sample, Image.Image]]]:
-    """The first `wanted` usable samples of a shard with their images, in batches; what comes after them is not read."""
-    batch: list[tuple[Sample, Image.Image]] = []
-    for sample in read_shard(shard, rejects):
-        try:
-            batch.append((sample, sample.check(data.alt_text)))
-        except BadSample as error:
-            rejects.append(Reject(sample.shard, sample.key, error.reason, error.detail))
-        if len(batch) == min(size, wanted):
-            yield batch
-            wanted -= len(batch)
-            batch = []
-            if not wanted:
-                return
-    if batch:
-        yield batch
-
-
-def _write_quarantine(path: Path, shard: str, rejects: list[Reject]) -> None:
-    path.unlink(missing_ok=True)  # an earlier try may have found faults that have been mended since
-    if rejects:
-        write_rejects(str(path), rejects)
-        listed = ", ".join(f"{reason} {count}" for reason, count in Counter(r.reason for r in rejects).items())
-        progress.warn(f"{shard}: {len(rejects)} samples quarantined ({listed}), see {path}")
-
-
-def _stats_of(out: Path, shard: str) -> dict[str, Any] | None:
-    """The stats of a shard that is done: they are written last."""
-    path = out / f"{shard_name(shard)}_stats.json"
-    return json.loads(path.read_bytes()) if path.is_file() else None
