@@ -15,7 +15,6 @@ import timm
 import torch
 from cleanfid.features import build_feature_extractor
 from cleanfid.resize import make_resizer
-from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
@@ -29,7 +28,6 @@ from recap.shards import Reject, expand, read_shard
 
 CLEAN_FID = "clean-fid"
 INCEPTION_SIZE = (299, 299)
-LOCAL, HUB = "local-dir:", "hf-hub:"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def open_network(ref: Features, where: str, device: str) -> FeatureNetwork:
     """
     if ref.model == CLEAN_FID:
         return _open_inception(where, device)
-    return load_pretrained(lambda model, revision="main": _open_timm(model, revision, device), ref, where)
+    return load_pretrained(lambda folder: _open_timm(Path(folder), ref.model, device), ref, where)
 
 
 def _open_inception(where: str, device: str) -> FeatureNetwork:
@@ -79,14 +77,15 @@ def _open_inception(where: str, device: str) -> FeatureNetwork:
     return FeatureNetwork("clean-fid inception-2015-12-05", INCEPTION_SIZE, 2048, forward)
 
 
-def _open_timm(model: str, revision: str, device: str) -> FeatureNetwork:
+def _open_timm(folder: Path, name: str, device: str) -> FeatureNetwork:
     """A timm model without its classifier; inputs normalised by its own mean and standard deviation."""
-    folder = _timm_folder(model, revision)
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"no model.safetensors in {folder} (pickled weights are not opened)")
     try:
         # With the checkpoint's own number of classes timm loads strictly: no layer can stay random unnoticed.
-        empty: Any = timm.create_model(f"{LOCAL}{folder}")
+        empty: Any = timm.create_model(f"local-dir:{folder}")
         num_classes = empty.pretrained_cfg["num_classes"]
-        network: Any = timm.create_model(f"{LOCAL}{folder}", pretrained=True, num_classes=num_classes)
+        network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=num_classes)
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     network.reset_classifier(0)
@@ -103,20 +102,9 @@ def _open_timm(model: str, revision: str, device: str) -> FeatureNetwork:
     if probe.ndim != 2:
         raise ValueError(f"its features are of shape {tuple(probe.shape)}, not one vector an image")
     is_snapshot = folder.parent.name == "snapshots"
-    version = f"{model.removeprefix(HUB)}@{folder.name}" if is_snapshot else hash_files(folder)
+    version = f"{name.removeprefix('hf-hub:')}@{folder.name}" if is_snapshot else hash_files(folder)
     architecture = network.pretrained_cfg["architecture"]
     return FeatureNetwork(f"timm {architecture} {version}", (height, width), probe.shape[1], forward)
-
-
-def _timm_folder(model: str, revision: str) -> Path:
-    """The folder of a timm model; from the hub, only its configuration and safetensors weights are ever fetched."""
-    folder = Path(model.removeprefix(LOCAL)).expanduser()
-    if not folder.is_dir():
-        folder = Path(snapshot_download(model.removeprefix(HUB), revision=revision,
-                                        allow_patterns=["config.json", "model.safetensors"]))
-    if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"no model.safetensors in {folder} (pickled weights are not opened)")
-    return folder
 
 
 # --- features ------------------------------------------------------------------------------------------------------

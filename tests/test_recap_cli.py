@@ -41,11 +41,11 @@ def test_help_fits_80_columns(arguments: list[str]) -> None:
     (["stitch", "-c", TINY, "data.shards={shard}", 'stitch.experts=["dter"]', "stitch.detr.model={models}/detr"],
      "detr"),
     (["relabel", "-c", TINY, "data.shards={shard}", "captioner.adapter=none", "captioner.model=someone/not-cached"],
-     "captioner.model: cannot load someone/not-cached"),
+     "captioner.model: no folder someone/not-cached"),
     (["train", "-c", TINY, "train.shards={shard}", 'arms=["rich"]', "train.model={models}/stable-diffusion"],
      "no_rich_caption"),
     (["generate", "-c", TINY, "generate.prompts={shard}", 'arms=["base"]', "train.model=someone/not-cached"],
-     "train.model: cannot load someone/not-cached"),
+     "train.model: no folder someone/not-cached"),
 ])
 def test_what_a_user_can_mend_is_one_line_and_status_2(arguments: list[str], expected: str, tmp_path: Path,
                                                        world_shards: Path, world_models: Path) -> None:

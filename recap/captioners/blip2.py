@@ -27,7 +27,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Blip2:
     """A BLIP-2 whose language model is a decoder (OPT)."""
 
-    def __init__(self, model: Any, processor: Blip2Processor, device: str) -> None:
+    def __init__(self, model: Any, processor: Blip2Processor, name: str, device: str) -> None:
+        self.name = name
+        """Hub id or folder of the base."""
         self.model = model
         """`Blip2ForConditionalGeneration`, or the `PeftModel` around it."""
         self.base: Blip2ForConditionalGeneration = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -51,7 +53,7 @@ class Blip2:
         model.requires_grad_(False)
         if adapter is not None:
             model = _with_adapter(model, adapter)
-        return cls(model.to(device), processor, device)
+        return cls(model.to(device), processor, config.model, device)
 
     def preprocess(self, images: list[Image.Image]) -> torch.Tensor:
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -109,6 +111,8 @@ class Blip2:
             self.model = get_peft_model(self.base, lora)
         except ValueError as error:
             raise UserError(f"finetune.lora_targets: {' '.join(str(error).split())[:200]}") from None
+        # Not the folder of the hub's cache, which is another one on every machine.
+        self.model.peft_config["default"].base_model_name_or_path = self.name
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
