@@ -23,7 +23,7 @@ from eval.config import Evaluate, Generate, Report
 from recap import pretrained, progress
 from recap.config import DEFAULT_STYLES, Captioner, Data, Finetune, Model, Name, Relabel, Stitch, Style, Table
 from recap.errors import UserError
-from recap.rundir import StageDir, folder_identity
+from recap.rundir import StageDir, folder_identity, lock
 from recap.shards import expand, identity
 from train_t2i.config import DEFAULT_ARMS, Arm, Train
 
@@ -120,8 +120,9 @@ def run(exp: Experiment, verb: str | None = None, redo: bool = False) -> None:
                         "before or after")
     for stage in chosen:
         stage.dir  # noqa: B018  (what is missing is said now, not after hours of the stages before)
-    for place, stage in enumerate(chosen, 1):
-        _do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", redo)
+    with lock(Path(exp.runs) / exp.name):
+        for place, stage in enumerate(chosen, 1):
+            _do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", redo)
     if table := chosen[-1].dir.result().get("table"):
         print(f"\n{table}\n\nThe report: {chosen[-1].path / 'index.html'}")
 

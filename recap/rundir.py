@@ -4,20 +4,44 @@ Stages meet only in files. A stage is done when its `done.json` is there and bea
 would read now; a folder with another fingerprint is never mixed with new results.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from recap.errors import UserError
+from recap.progress import is_main
 from recap.shards import write_json
 
 State = Literal["done", "begun", "new", "changed"]
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Keep other commands out of a run's folder; a killed command lets go of it by itself.
+
+    Raises:
+        UserError: another command is at work there.
+    """
+    if not is_main():  # the ranks of one training share the folder, and only the first one writes
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another recap is at work in {run}: wait for it, or choose another name=…") from None
+        yield
 
 
 def digest(content: Any) -> str:

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from recap.config import Relabel
-from recap.rundir import StageDir, digest, hash_files
+from recap.errors import UserError
+from recap.rundir import StageDir, digest, hash_files, lock
 
 
 def test_a_stage_goes_from_new_to_begun_to_done(tmp_path: Path) -> None:
@@ -32,6 +35,13 @@ def test_a_damaged_marker_counts_as_none(tmp_path: Path) -> None:
     stage.begin()
     (tmp_path / "done.json").write_bytes(b'{"half')
     assert stage.state() == "begun"
+
+
+def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    with lock(tmp_path / "run"), pytest.raises(UserError, match="another recap is at work"), lock(tmp_path / "run"):
+        pass
+    with lock(tmp_path / "run"):
+        pass  # and afterwards it is free
 
 
 def test_clear_leaves_nothing(tmp_path: Path) -> None:
