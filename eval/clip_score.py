@@ -50,7 +50,7 @@ class ClipScorer:
         self._model.eval()
         self._device = device
         self.context_length = int(self._tokenizer.context_length)
-        self.name = f"open_clip {_version(model, folder)}, {SCALE}, no prefix, long texts by sentence"
+        self.name = f"open_clip {_version(folder)}, {SCALE}, no prefix, long texts by sentence"
         """Model, version and scale, for the report."""
 
     @torch.no_grad()
@@ -124,10 +124,10 @@ def _folder(model: str, revision: str) -> Path:
         raise ValueError(f"cannot fetch {model} from the hub: {_one_line(error)}") from error
 
 
-def _version(model: str, folder: Path) -> str:
+def _version(folder: Path) -> str:
     """Hub id and commit, or name and hash of the weights in a folder."""
-    if folder.parent.name == "snapshots":
-        return f"{model.removeprefix(HUB)}@{folder.name[:12]}"
+    if folder.parent.name == "snapshots":  # in the hub's cache: models--OWNER--NAME/snapshots/COMMIT
+        return f"{folder.parents[1].name.removeprefix('models--').replace('--', '/')}@{folder.name[:12]}"
     weights = next(folder / name for name in WEIGHTS if (folder / name).is_file())
     with open(weights, "rb") as file:
         return f"{folder.resolve().name}@{hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"

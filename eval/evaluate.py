@@ -121,8 +121,7 @@ def _fid(drawn: list[Drawn], target: Statistics, network: FeatureNetwork, config
 
 
 def _clip_scores(drawn: list[Drawn], config: Evaluate, device: str) -> tuple[list[float], int, str]:
-    scorer = load_pretrained(lambda model, revision="main": ClipScorer(model, device, revision), config.clip_score,
-                             "evaluate.clip_score")
+    scorer = load_pretrained(lambda folder: ClipScorer(folder, device), config.clip_score, "evaluate.clip_score")
     scores: list[float] = []
     truncated = 0
     with progress.bar("CLIP score", len(drawn)) as bar:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError
+
 from recap.config import Model
 from recap.errors import UserError
 from recap.progress import warn
@@ -25,7 +27,7 @@ def load_pretrained(loader: Callable[..., T], ref: Model, where: str, **options:
     folder = checkpoint_folder(ref, where)
     try:
         return loader(str(folder), **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{where}.model: cannot load {ref.model}: {_one_line(error)}") from error
 
 

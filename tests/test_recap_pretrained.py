@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from recap.captioners import open_captioner
 from recap.config import Captioner, Model
@@ -43,6 +44,22 @@ def test_pickled_weights_are_refused(world_models: Path, tmp_path: Path) -> None
     torch.save({"weight": torch.zeros(1)}, tmp_path / "blip2" / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"captioner\.model: cannot load") as caught:
         open_captioner(Captioner(model=str(tmp_path / "blip2")), "cpu")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no config", "a layer missing"])
+def test_a_damaged_checkpoint_is_one_clear_line(world_models: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(world_models / "blip2", tmp_path / "blip2")
+    weights = tmp_path / "blip2" / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:5000])
+    elif damage == "no config":
+        (tmp_path / "blip2" / "config.json").write_text("{")
+    else:
+        save_file({name: tensor for name, tensor in load_file(weights).items() if "layers.1" not in name}, weights,
+                  metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"captioner\.model: ") as caught:
+        open_captioner(Captioner(model=str(tmp_path / "blip2"), dtype="float32"), "cpu")
     assert "\n" not in str(caught.value)
 
 

@@ -45,8 +45,11 @@ class Blip2:
         """Load base and processor, and a peft adapter on top where one is given."""
         logging.disable_progress_bar()
         processor = load_pretrained(Blip2Processor.from_pretrained, config, "captioner")
-        model = load_pretrained(Blip2ForConditionalGeneration.from_pretrained, config, "captioner",
-                                dtype=DTYPES[config.dtype], use_safetensors=True)
+        model, info = load_pretrained(Blip2ForConditionalGeneration.from_pretrained, config, "captioner",
+                                      dtype=DTYPES[config.dtype], use_safetensors=True, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):  # transformers would leave them random, with a warning
+            raise UserError(f"captioner.model: {config.model} lacks {len(missing)} weights of a BLIP-2, {missing[0]} "
+                            "first: it is another model, or damaged")
         if not model.config.use_decoder_only_language_model:
             raise UserError(f"captioner.model: {config.model} has an encoder–decoder language model; "
                             "choose a BLIP-2 with OPT, e.g. Salesforce/blip2-opt-2.7b")
