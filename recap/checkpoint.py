@@ -37,14 +37,15 @@ def save(folder: Path, tensors: Tensors, state: dict[str, Any]) -> None:
 def load(folder: Path) -> tuple[Tensors, dict[str, Any]] | None:
     """The last whole checkpoint in `folder`, or None."""
     for found in (folder / "checkpoint", folder / ".checkpoint.old"):  # the second: killed between save's two renames
-        if (found / "state.json").exists():
+        if (found / "state.json").exists() and (found / "state.safetensors").exists():
             return load_file(found / "state.safetensors"), json.loads((found / "state.json").read_text())
     return None
 
 
 def remove(folder: Path) -> None:
     """Delete the checkpoints of a training that is done."""
-    for name in ("checkpoint", ".checkpoint.old", ".checkpoint.tmp"):
+    for name in (".checkpoint.tmp", ".checkpoint.old", "checkpoint"):
+        (folder / name / "state.json").unlink(missing_ok=True)  # first, so that no half of it is ever loaded
         shutil.rmtree(folder / name, ignore_errors=True)
 
 

@@ -99,11 +99,16 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("\nrecap: stopped; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+    except Exception as error:
+        if not _is_of_the_machine(error):
             raise
-        fail(f"{error.strerror}: {error.filename or 'while writing'}: make room or choose another runs=…, "
-             "and run the same command again")
+        fail(f"{error}: make room or choose another runs=…, and run the same command again")
+
+
+def _is_of_the_machine(error: Exception) -> bool:
+    """A full disk, or a folder that may not be written; libraries written in Rust say so in their words only."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 
 if __name__ == "__main__":

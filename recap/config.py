@@ -17,7 +17,10 @@ from recap.errors import UserError
 T = TypeVar("T", bound=BaseModel)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-"""What becomes part of a file's name: a run, an arm, a style."""
+"""What becomes part of a file's name: an arm, a style."""
+
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""The same, where a dot may stand as well: `v1.2`."""
 
 
 class Table(BaseModel):
@@ -126,7 +129,7 @@ def load(path: Path, overrides: Iterable[str], model: type[T]) -> T:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no experiment file at {path}: see configs/ for those that come with recap") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
     for override in overrides:
         _set(content, override)

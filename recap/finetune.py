@@ -106,12 +106,14 @@ def _train_step(captioner: Captioner, batch: list[Pair], styles: dict[str, Style
     """One optimizer step on the batch's mean loss; the loss."""
     size = config.micro_batch_size or len(batch)
     total = 0.0
+    num_tokens = [captioner.num_tokens(pair.caption) for pair in batch]
     for start in range(0, len(batch), size):
         part = batch[start:start + size]
         pixels = captioner.preprocess([decode_image(pair.image) for pair in part])
         loss = captioner.loss(pixels, [styles[pair.style].prompt for pair in part], [pair.caption for pair in part])
-        (loss * len(part) / len(batch)).backward()
-        total += loss.item() * len(part) / len(batch)
+        share = sum(num_tokens[start:start + size]) / sum(num_tokens)  # the loss is a mean over tokens, not pairs
+        (loss * share).backward()
+        total += loss.item() * share
     if not math.isfinite(total):
         keys = ", ".join(pair.uid for pair in batch[:4])
         raise UserError(f"finetune: the loss is {total} at step {step + 1}, with {keys}…: lower finetune.lr; "

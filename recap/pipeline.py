@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from eval.config import Evaluate, Generate, Report
 from recap import pretrained, progress
-from recap.config import DEFAULT_STYLES, Captioner, Data, Finetune, Model, Name, Relabel, Stitch, Style, Table
+from recap.config import DEFAULT_STYLES, Captioner, Data, Finetune, Model, Name, Relabel, RunName, Stitch, Style, Table
 from recap.errors import UserError
 from recap.rundir import StageDir, folder_identity, lock
 from recap.shards import expand, identity
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "webdata
 class Experiment(Table):
     """One experiment file: a table for each stage."""
 
-    name: Name
+    name: RunName
     """Of the run; by default the file's name."""
     runs: str = "runs"
     """Where runs are kept."""

@@ -103,7 +103,7 @@ def _members(sample: Sample, captions: dict[str, Caption], labeller: Labeller) -
         texts["mix.txt"] = present[f"{kind}.txt"]
     record = _earlier_record(sample)
     record["captions"] |= {name: _provenance(labeller, name, caption) for name, caption in captions.items()}
-    return texts | {"recap.json": json.dumps(record, ensure_ascii=False).encode()}
+    return texts | {"recap.json": json.dumps(record).encode()}  # ASCII: an earlier record may hold lone surrogates
 
 
 def _provenance(labeller: Labeller, name: str, caption: Caption) -> dict[str, Any]:

@@ -115,10 +115,11 @@ class StageDir:
         return _read(self.path / "done.json") or {}
 
     def clear(self) -> None:
-        """Delete the stage's folder; the markers first, so that half a deletion is not taken for a finished stage."""
-        for marker in ("done.json", "config.json"):
-            (self.path / marker).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Delete the folder; renamed first, so that what half a deletion leaves is not taken for new results."""
+        doomed = self.path.with_name(f".{self.path.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        self.path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_TEXT_BYTES = 100_000
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
 
 @dataclass(slots=True)
@@ -51,14 +52,20 @@ class Sample:
 
     def caption(self, kind: str) -> str | None:
         """The caption of one kind, or None. `alt` is the alt-text `KEY.txt`; any other kind is `KEY.KIND.txt`."""
-        data = self.members.get("txt" if kind == "alt" else f"{kind}.txt")
+        data = self.member(caption_extension(kind))
         return None if data is None else decode_text(data, kind)
+
+    def member(self, extension: str) -> bytes | None:
+        """The content of a member, whatever the case of its extension (`TXT`), as webdataset reads it."""
+        if extension in self.members:
+            return self.members[extension]
+        return next((data for name, data in self.members.items() if name.lower() == extension), None)
 
     @property
     def metadata(self) -> dict[str, Any]:
         """The content of `KEY.json`; empty where there is none. `BadSample` where it is not a JSON object."""
         try:
-            found = json.loads(self.members.get("json", b"{}"))
+            found = json.loads(self.member("json") or b"{}")
         except (ValueError, RecursionError) as error:
             raise BadSample("bad_metadata", str(error)) from error
         if not isinstance(found, dict):
@@ -70,8 +77,13 @@ class Sample:
         image = self.image()
         self.metadata  # noqa: B018  (read for its check)
         if alt_text == "required" and not self.caption("alt"):
-            raise BadSample("missing_alt_text" if "txt" not in self.members else "empty_alt_text")
+            raise BadSample("missing_alt_text" if self.member("txt") is None else "empty_alt_text")
         return image
+
+
+def caption_extension(kind: str) -> str:
+    """`alt` → `txt`, `short` → `short.txt`."""
+    return "txt" if kind == "alt" else f"{kind}.txt"
 
 
 def decode_text(data: bytes, kind: str = "caption") -> str:
@@ -80,12 +92,12 @@ def decode_text(data: bytes, kind: str = "caption") -> str:
     if len(data) > MAX_TEXT_BYTES:
         raise BadSample(f"oversized_{name}", f"{len(data):,} bytes in the {kind} text")
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadSample(f"binary_{name}", f"the {kind} text is not UTF-8 at byte {error.start}") from error
     if "\x00" in text:
         raise BadSample(f"binary_{name}", f"a NUL byte in the {kind} text")
-    return " ".join(text.split())
+    return " ".join(text.split()).strip(INVISIBLE)
 
 
 def decode_image(data: bytes) -> Image.Image:

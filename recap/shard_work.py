@@ -19,6 +19,8 @@ from recap.sample import Sample
 from recap.shards import Reject, read_shard, shard_name, write_json, write_rejects
 
 Stats = dict[str, Any]
+MAX_BATCH_PIXELS = 200_000_000
+"""Decoded images of a batch hold 3 bytes a pixel: a shard of huge ones must not fill the memory."""
 
 
 def batches(shard: str, size: int, data: Data, rejects: list[Reject],
@@ -35,7 +37,8 @@ def batches(shard: str, size: int, data: Data, rejects: list[Reject],
         except BadSample as error:
             rejects.append(Reject(sample.shard, sample.key, error.reason, error.detail))
             continue
-        if len(batch) == size or given + len(batch) == limit:
+        pixels = sum(image.width * image.height for _, image in batch)
+        if len(batch) == size or given + len(batch) == limit or pixels > MAX_BATCH_PIXELS:
             yield batch
             given += len(batch)
             batch = []

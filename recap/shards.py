@@ -78,7 +78,7 @@ def _expand_one(pattern: str, where: str) -> list[str]:
 
 def _glob(pattern: str) -> list[str]:
     if is_local(pattern):
-        return sorted(glob.glob(pattern))
+        return sorted(filter(os.path.isfile, glob.glob(pattern)))
     fs, path = fsspec.core.url_to_fs(pattern)
     return sorted(fs.unstrip_protocol(found) for found in fs.glob(path))
 
@@ -156,8 +156,14 @@ def count_images(urls: list[str]) -> int | None:
 def _count_keys(path: str) -> int:
     try:
         with tarfile.open(path) as tar:  # jumps from header to header, reads no content
-            return len({found[1] for info in tar if (found := KEY_AND_EXTENSION.match(info.name))})
-    except (tarfile.TarError, OSError, EOFError):
+            keys = set()
+            for info in tar:
+                if info.size < 0:  # tarfile would read the same header for ever
+                    break
+                if found := KEY_AND_EXTENSION.match(info.name):
+                    keys.add(found[1])
+            return len(keys)
+    except Exception:  # noqa: BLE001  (a damaged shard is reported when it is read; this is only for a bar)
         return 0
 
 
@@ -178,21 +184,25 @@ def _read_members(url: str) -> Iterator[tuple[str, bytes, tuple[str, str] | None
         with fsspec.open(url, "rb") as file:
             stream = _Tail(file)
             try:
-                with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|") as tar:
+                # A block at a time, so that what follows the end-of-archive mark is still there to be seen.
+                with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", bufsize=tarfile.BLOCKSIZE) as tar:
                     for info in tar:
+                        if info.size < 0:
+                            raise tarfile.ReadError(f"a member of {info.size} bytes")
                         name = info.name
-                        if info.isdir():
+                        if info.isdir() or PurePosixPath(name).name.startswith("._"):  # what macOS adds to every file
                             continue
-                        if not info.isfile():
-                            yield name, b"", ("not_a_file", "a link or a device")
+                        if not info.isfile() or info.issparse():
+                            yield name, b"", ("not_a_file", "a link, a device or a sparse file")
                         elif info.size > MAX_MEMBER_BYTES:
                             yield name, b"", ("oversized_member", f"{info.size:,} bytes in {name}")
                         else:
                             yield name, cast(IO[bytes], tar.extractfile(info)).read(), None
-                stream.drain()
-                if any(stream.last):
+                if any(stream.last):  # tarfile takes a damaged header, and the end of the file, for the end of the tar
                     raise tarfile.ReadError("no end-of-archive mark")
-            except (tarfile.TarError, EOFError, ValueError) as error:
+                if stream.has_more():
+                    raise tarfile.ReadError("more data after the end-of-archive mark")
+            except (tarfile.TarError, EOFError, ValueError, RecursionError, MemoryError, OverflowError) as error:
                 fault = ("truncated_shard", f"{error}, at byte {stream.position:,} of {url}")
                 yield name or shard_name(url), b"", fault
     except FileNotFoundError:
@@ -203,17 +213,20 @@ class _Tail:
     """A reader that remembers how far it got and the last 512 bytes; a whole tar ends in a block of zeros."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.position, self.last = file, 0, b""
+        self.file, self.position, self.last, self.empty_reads = file, 0, b"", 0
 
     def read(self, size: int = -1) -> bytes:
         data = self.file.read(size)
         self.position += len(data)
         self.last = (self.last + data)[-512:]
+        self.empty_reads = 0 if data else self.empty_reads + 1
+        if self.empty_reads > 100:  # tarfile skips a member of 2⁷⁰ bytes by as many empty reads
+            raise EOFError("the file ends before its members do")
         return data
 
-    def drain(self) -> None:
-        while self.read(2**20):
-            pass
+    def has_more(self) -> bool:
+        """Whether anything but zeros is left."""
+        return any(any(data) for data in iter(lambda: self.file.read(2**20), b""))
 
 
 # --- writing -------------------------------------------------------------------------------------------------------

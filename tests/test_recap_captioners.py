@@ -149,6 +149,12 @@ def test_a_caption_over_the_limit_is_cut_at_a_sentence_end_else_a_word(world_mod
     assert "A red circle and a blue ring".startswith(f"{cut} ")
 
 
+def test_a_very_long_caption_is_cut_at_once(world_models: Path) -> None:
+    captioner = opened(world_models)
+    cut = captioner.fit("Red cats sleep. " * 6000, 50)
+    assert cut.endswith("sleep.") and 40 < len(captioner._caption_ids(cut)) <= 50
+
+
 @pytest.mark.parametrize("place", ["nothing", "no-adapter"])
 def test_an_adapter_that_is_none_is_one_clear_line(world_models: Path, tmp_path: Path, place: str) -> None:
     (tmp_path / "no-adapter").mkdir()

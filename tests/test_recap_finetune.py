@@ -57,6 +57,17 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(stitched: list[str], 
     assert not (tmp_path / "stopped" / "checkpoint").exists()
 
 
+def test_micro_batches_give_the_loss_of_the_batch(stitched: list[str], world_models: Path, tmp_path: Path) -> None:
+    """The loss is a mean over tokens: short and long captions in different micro-batches must keep their weight."""
+    config = QUICK.model_copy(update={"steps": 1, "lora_dropout": 0.0})
+    losses = []
+    for size in (None, 1):
+        out = tmp_path / str(size)
+        tuned(out, stitched, world_models, config.model_copy(update={"micro_batch_size": size}))
+        losses.append(json.loads((out / "log.jsonl").read_text())["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_the_loss_falls(stitched: list[str], world_models: Path, tmp_path: Path) -> None:
     tuned(tmp_path, stitched, world_models, QUICK.model_copy(update={"steps": 60, "lora_dropout": 0.0}))
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

@@ -1,5 +1,6 @@
 """A stage's folder: when it counts as done, and when its results may not be mixed with new ones."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,20 @@ def test_two_commands_do_not_work_in_one_folder(tmp_path: Path) -> None:
         pass
     with lock(tmp_path / "run"):
         pass  # and afterwards it is free
+
+
+def test_a_kill_while_clearing_leaves_nothing_that_looks_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = StageDir(tmp_path / "s", {"lr": 1})
+    stage.begin()
+    (stage.path / "00000_stats.json").write_text("{}")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stage.clear()
+    assert not (stage.path / "00000_stats.json").exists() or stage.state() != "new"
 
 
 def test_clear_leaves_nothing(tmp_path: Path) -> None:

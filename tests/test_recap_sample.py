@@ -91,6 +91,11 @@ def test_captions_are_read_by_kind_with_white_space_collapsed() -> None:
     assert (sample.caption("alt"), sample.caption("short"), sample.caption("rich")) == ("a cat", "un café", None)
 
 
+def test_extensions_are_read_in_any_case_and_marks_are_no_text() -> None:
+    sample = Sample("00000", "1", {"TXT": b"\xef\xbb\xbfa cat", "short.txt": "\u200b\ufeff".encode()})
+    assert (sample.caption("alt"), sample.caption("short")) == ("a cat", "")
+
+
 @pytest.mark.parametrize(("data", "reason"), [
     (b"\xff\xfe\x00", "binary_alt_text"), (b"a\x00b", "binary_alt_text"), (b"a" * 200_000, "oversized_alt_text")])
 def test_text_that_is_not_text_is_rejected(data: bytes, reason: str) -> None:

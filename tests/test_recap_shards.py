@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from recap.errors import UserError
 from recap.sample import Sample
-from recap.shards import Reject, ShardWriter, expand, read_shard, write_bytes
+from recap.shards import Reject, ShardWriter, count_images, expand, read_shard, write_bytes
 
 
 def make_tar(path: Path, members: list[tuple[str, bytes]], **options: object) -> Path:
@@ -112,6 +112,46 @@ def test_a_shard_cut_anywhere_gives_what_was_before_the_cut(tmp_path_factory: py
         assert [reject.reason for reject in rejects] == ["truncated_shard"]
     if length >= ended + 512:
         assert len(samples) == 4 and not rejects
+
+
+def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
+    """A ustar header with any size field, as a hostile shard may hold."""
+    block = bytearray(512)
+    block[:len(name)], block[100:108], block[124:136], block[156:157] = name, b"0000644\0", size, kind
+    block[257:265], block[148:156] = b"ustar\x0000", b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+GOOD = header(b"1.jpg", b"%011o\0" % 3) + b"abc".ljust(512, b"\0")
+END = bytes(1024)
+
+
+@pytest.mark.parametrize("rest", [
+    header(b"2.jpg", b"\xff" + (-512).to_bytes(11, "big", signed=True)) + END,  # negative: the same header for ever
+    header(b"2.jpg", b"\x80" + (2**70).to_bytes(11, "big")) + END,
+    header(b"x", b"\x80" + (2**62).to_bytes(11, "big"), b"x") + END,
+    (header(b"././@LongLink", b"%011o\0" % 3, b"L") + b"ab\0".ljust(512, b"\0")) * 3000 + END,
+    b"\x01" * 512 + GOOD + END,  # a damaged header, where tarfile stops in silence
+    END + GOOD + END,  # data after the end-of-archive mark
+], ids=["negative", "huge", "huge-pax", "long-chain", "damaged", "after-the-end"])
+def test_a_hostile_shard_ends_and_says_that_something_is_missing(tmp_path: Path, rest: bytes) -> None:
+    (tmp_path / "0.tar").write_bytes(header(b"0.jpg", b"%011o\0" % 3) + b"abc".ljust(512, b"\0") + GOOD + rest)
+    samples, rejects = read(tmp_path / "0.tar")
+    assert samples[0].key == "0" and len(rejects) == 1
+    assert rejects[0].reason in ("truncated_shard", "oversized_member")
+    assert isinstance(count_images([str(tmp_path / "0.tar")]), int)
+
+
+def test_what_macos_adds_to_a_tar_is_passed_over(tmp_path: Path) -> None:
+    members = [(f"./{prefix}1.{extension}", b"x") for extension in ("jpg", "txt") for prefix in ("._", "")]
+    assert read(make_tar(tmp_path / "0.tar", members))[0] == [Sample("0", "./1", {"jpg": b"x", "txt": b"x"})]
+
+
+def test_a_folder_named_like_a_shard_is_none(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").mkdir()
+    with pytest.raises(UserError, match="nothing at"):
+        expand(f"{tmp_path}/*.tar")
 
 
 def test_bytes_that_are_no_tar_are_one_reject(tmp_path: Path) -> None:

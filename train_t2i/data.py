@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from recap.errors import BadSample, UserError
-from recap.sample import Sample
+from recap.sample import Sample, caption_extension
 from recap.shards import Reject, read_shard, shard_name
 from train_t2i.config import Arm, Train
 
@@ -109,8 +109,8 @@ class Stream:
 
     def _rotated(self, shard: str, samples: Iterator[Sample]) -> Iterator[Sample]:
         """The captions of a shard, moved on by a number of images drawn for seed and shard: nobody keeps its own."""
-        names = ["txt" if kind == "alt" else f"{kind}.txt" for kind in self.arm.captions]
-        texts = [{name: sample.members[name] for name in names} for sample in self._with_captions(shard, [])]
+        names = [caption_extension(kind) for kind in self.arm.captions]
+        texts = [{name: sample.member(name) or b"" for name in names} for sample in self._with_captions(shard, [])]
         shift = random.Random(_number("shuffled", self.seed, shard_name(shard))).randrange(1, max(len(texts), 2))
         for place, sample in enumerate(samples):
             yield Sample(sample.shard, sample.key, sample.members | texts[(place + shift) % len(texts)])

@@ -41,6 +41,9 @@ class Captioner(Protocol):
     def loss(self, pixel_values: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
         """Mean negative log-likelihood of the captions' tokens, a scalar; what the prompt says is not learned."""
 
+    def num_tokens(self, caption: str) -> int:
+        """How many tokens of a caption the loss is a mean over, its end included."""
+
     def fit(self, caption: str, max_tokens: int) -> str:
         """The caption, cut at the last sentence end (else the last word) within `max_tokens`, if it is longer."""
 

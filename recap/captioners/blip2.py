@@ -95,15 +95,19 @@ class Blip2:
             inputs_embeds=torch.cat([features, text], dim=1), attention_mask=torch.cat([image_mask, mask], dim=1),
             labels=torch.cat([image_labels, labels], dim=1)).loss
 
+    def num_tokens(self, caption: str) -> int:
+        return len(self._caption_ids(caption)) + 1
+
     def fit(self, caption: str, max_tokens: int) -> str:
-        if len(self._caption_ids(caption)) <= max_tokens:
+        offsets = self.tokenizer(" " + caption, add_special_tokens=False, return_offsets_mapping=True,
+                                 verbose=False)["offset_mapping"]
+        if len(offsets) <= max_tokens:
             return caption
-        ends = [match.end() for match in re.finditer(r"\S+", caption)]
-        sentence_ends = [end for end in ends if caption[end - 1] in ".!?"]
-        for end in [*reversed(sentence_ends), *reversed(ends)]:
-            if len(self._caption_ids(caption[:end])) <= max_tokens:
-                return caption[:end]
-        return ""
+        fitting = caption[:offsets[max_tokens - 1][1] - 1]  # less the space in front
+        words_end = max((match.end() for match in re.finditer(r"\S+(?=\s)", caption) if match.end() <= len(fitting)),
+                        default=0)
+        sentence_ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", caption[:words_end + 1])]
+        return caption[:sentence_ends[-1] if sentence_ends else words_end]
 
     def add_adapter(self, config: Finetune) -> None:
         """LoRA on the language model's layers named in `config.lora_targets`; all else stays frozen."""
