@@ -168,6 +168,8 @@ def _count_keys(path: str) -> int:
 
 
 def _name_fault(name: str, extension: str, members: dict[str, bytes]) -> tuple[str, str] | None:
+    if not name.isprintable():  # control characters, or bytes that are no UTF-8, which no other tar could carry on
+        return "unsafe_key", ascii(name)
     if not extension:
         return "no_extension", name
     if name.startswith("/") or ".." in name.split("/"):

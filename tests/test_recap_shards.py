@@ -81,6 +81,8 @@ def test_the_key_ends_at_the_first_dot_of_the_name(tmp_path: Path) -> None:
     ([("1.jpg", b""), ("1.jpg", b"")], [("1", "duplicate_member")]),
     ([("../1.jpg", b"")], [("../1", "unsafe_key")]),
     ([("/etc/1.jpg", b"")], [("/etc/1", "unsafe_key")]),
+    ([("caf\udce9.jpg", b"")], [("caf\udce9", "unsafe_key")]),
+    ([("a\nb.jpg", b"")], [("a\nb", "unsafe_key")]),
     ([("README", b"")], [("README", "no_extension")]),
 ])
 def test_a_malformed_sample_is_rejected_with_its_reason(tmp_path: Path, members: list[tuple[str, bytes]],
