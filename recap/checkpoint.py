@@ -42,13 +42,6 @@ def load(folder: Path) -> tuple[Tensors, dict[str, Any]] | None:
     return None
 
 
-def remove(folder: Path) -> None:
-    """Delete the checkpoints of a training that is done."""
-    for name in (".checkpoint.tmp", ".checkpoint.old", "checkpoint"):
-        (folder / name / "state.json").unlink(missing_ok=True)  # first, so that no half of it is ever loaded
-        shutil.rmtree(folder / name, ignore_errors=True)
-
-
 def with_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 

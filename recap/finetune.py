@@ -155,7 +155,6 @@ def _finish(stage: StageDir, captioner: Captioner, pairs: list[Pair], num_cut: i
     temporary = stage.path / ".adapter.tmp"
     captioner.save(temporary)
     checkpoint.publish(temporary, stage.path / "adapter")
-    checkpoint.remove(stage.path)
     return {"steps": config.steps, "images": len({pair.uid for pair in pairs}), "pairs": len(pairs),
             "captions_cut": num_cut,
             "trainable_parameters": sum(p.numel() for p in captioner.trainable().values()),

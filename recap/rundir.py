@@ -22,6 +22,8 @@ from recap.errors import UserError
 from recap.progress import is_main
 from recap.shards import write_json
 
+CHECKPOINTS = ("checkpoint", ".checkpoint.old", ".checkpoint.tmp")
+"""What a training keeps in its stage's folder while it runs."""
 State = Literal["done", "begun", "new", "changed"]
 
 
@@ -109,7 +111,10 @@ class StageDir:
             file.write(line.encode())
 
     def finish(self, result: dict[str, Any]) -> None:
+        """Mark the stage as done; then, and not before, delete what it needed only to go on after a stop."""
         write_json(str(self.path / "done.json"), {"fingerprint": self.fingerprint, **result})
+        for name in CHECKPOINTS:
+            shutil.rmtree(self.path / name, ignore_errors=True)
 
     def result(self) -> dict[str, Any]:
         return _read(self.path / "done.json") or {}

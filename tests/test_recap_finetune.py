@@ -55,7 +55,6 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(stitched: list[str], 
     assert json.loads((tmp_path / "stopped" / "checkpoint" / "state.json").read_text()) == {"step": 4}
     monkeypatch.undo()
     assert tuned(tmp_path / "stopped", stitched, world_models) == whole
-    assert not (tmp_path / "stopped" / "checkpoint").exists()
 
 
 def test_micro_batches_give_the_weights_of_the_batch(stitched: list[str], world_models: Path) -> None:
@@ -65,10 +64,10 @@ def test_micro_batches_give_the_weights_of_the_batch(stitched: list[str], world_
         torch.manual_seed(0)
         captioner = open_captioner(Captioner(model=str(world_models / "blip2"), dtype="float32"), "cpu")
         captioner.add_adapter(QUICK)
+        captioner.set_training(False)  # dropout would draw other masks for other batches
         pairs, _ = load_pairs(stitched, ["short", "long"], captioner, 256)
         weights = captioner.trainable()
         config = QUICK.model_copy(update={"micro_batch_size": size})
-        # Not in training mode: the dropout of the base draws other masks for other batches.
         optimizer = torch.optim.SGD(weights.values(), lr=1)
         loss = finetune._train_step(captioner, pairs[:4], DEFAULT_STYLES, optimizer, config, 0)
         found.append((loss, torch.cat([weight.detach().flatten() for weight in weights.values()])))

@@ -15,7 +15,9 @@ def test_a_stage_goes_from_new_to_begun_to_done(tmp_path: Path) -> None:
     assert stage.state() == "new"
     stage.begin()
     assert stage.state() == "begun"
+    (stage.path / "checkpoint").mkdir()
     stage.finish({"images": 3})
+    assert not (stage.path / "checkpoint").exists()
     assert stage.state() == "done"
     assert stage.result()["images"] == 3
 

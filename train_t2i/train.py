@@ -120,7 +120,6 @@ def _finish(stage: StageDir, accelerator: Accelerator, pipe: StableDiffusionPipe
         temporary = stage.path / ".pipeline.tmp"
         pipe.save_pretrained(temporary, safe_serialization=True)
         checkpoint.publish(temporary, stage.path / "pipeline")
-        checkpoint.remove(stage.path)
     accelerator.wait_for_everyone()
     if model.num_cut:
         progress.warn(f"{model.num_cut:,} tokens beyond train.max_windows={config.max_windows} were cut from captions")
