@@ -1,18 +1,36 @@
 """Arms against arms: means over seeds, paired differences over prompts, and what they say in words."""
 
 import json
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from eval.statistics import paired_difference
+from eval.fid import Statistics
+from eval.fid_difference import Fids, fid_difference, resample_fid, why_no_interval
+from eval.measures import FID, Measure, headline_measures, measures_of
+from eval.scores import Scores
+from eval.statistics import MIN_SEEDS, paired_difference
+from recap import progress
 from recap.errors import UserError
 
 CONTROLS = ("base", "oracle", "shuffled")
 """Arms that say what the others' figures mean; none of them is the claim."""
+
+
+class Scored(Protocol):
+    """What one arm of one seed scored."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def arm(self) -> str: ...
+    @property
+    def metrics(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -28,20 +46,34 @@ class Run:
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._read("metrics.json")
-        return found
+        try:
+            found: dict[str, Any] = json.loads((self.evaluated / "metrics.json").read_bytes())
+            return found
+        except (OSError, ValueError):
+            raise self._unreadable("metrics.json") from None
 
     @cached_property
-    def scores(self) -> list[float]:
-        """CLIP scores, one a prompt."""
-        found: list[float] = self._read("scores.json")
-        return found
-
-    def _read(self, name: str) -> Any:
+    def scores(self) -> Scores:
+        """Every metric for every prompt."""
         try:
-            return json.loads((self.evaluated / name).read_bytes())
+            return Scores.load(self.evaluated / "scores.json")
         except (OSError, ValueError):
-            raise UserError(f"no readable {name} in {self.evaluated}: run `recap evaluate` first") from None
+            raise self._unreadable("scores.json") from None
+
+    def headline(self, metric: str) -> np.ndarray:
+        """Values of one metric, (N,), over the prompts of the headline sets; NaN for None."""
+        return self.scores.values(metric, self.metrics["headline_sets"])
+
+    def features(self) -> tuple[np.ndarray, list[int]]:
+        """Features (N, D) float32 of the pictures that FID is taken over, and their indices among the prompts."""
+        try:
+            with np.load(self.evaluated / "features.npz", allow_pickle=False) as content:
+                return content["features"], content["index"].tolist()
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            raise self._unreadable("features.npz") from None
+
+    def _unreadable(self, name: str) -> UserError:
+        return UserError(f"no readable {name} in {self.evaluated}: run `recap evaluate` first")
 
 
 @dataclass(frozen=True)
@@ -49,26 +81,26 @@ class ArmSummary:
     """One arm over its seeds."""
 
     arm: str
-    fids: list[float]
-    """One a seed."""
-    clip_scores: list[float]
+    values: dict[str, list[float]]
+    """Measure → one value a seed; none where no prompt asks for it."""
     num_images: int
     """Of one seed."""
 
-    @property
-    def fid(self) -> float:
-        return float(np.mean(self.fids))
-
-    @property
-    def clip_score(self) -> float:
-        return float(np.mean(self.clip_scores))
+    def mean(self, measure: Measure) -> float | None:
+        values = self.values.get(measure.key)
+        return float(np.mean(values)) if values else None
 
 
-def summarize(arms: list[str], runs: list[Run]) -> list[ArmSummary]:
+def summarize(arms: list[str], runs: Sequence[Scored]) -> list[ArmSummary]:
     """The arms that have runs, in the order of the report."""
-    by_arm = {arm: [run for run in runs if run.arm == arm] for arm in arms}
-    return [ArmSummary(arm, [run.metrics["fid"] for run in found], [run.metrics["clip_score"] for run in found],
-                       found[0].metrics["num_images"]) for arm, found in by_arm.items() if found]
+    found = []
+    for arm in arms:
+        metrics = [run.metrics for run in runs if run.arm == arm]
+        if metrics:
+            values = {measure.key: [each[measure.key] for each in metrics if each.get(measure.key) is not None]
+                      for measure in measures_of(metrics[0])}
+            found.append(ArmSummary(arm, values, metrics[0].get("num_images", 0)))
+    return found
 
 
 def baseline(arms: list[str]) -> str:
@@ -82,106 +114,204 @@ def claim(arms: list[str]) -> str | None:
     return "mix" if "mix" in others else others[0] if others else None
 
 
-def compare(arms: list[str], runs: list[Run], seed: int = 0) -> list[dict[str, Any]]:
-    """CLIP score of every arm against the baseline, paired over prompts, as `report.json` lists them.
+# --- comparisons ---------------------------------------------------------------------------------------------------
 
-    A prompt's scores are first averaged over the seeds that both arms have: the prompt is the unit. FID is a figure of
-    a whole set of images and has no such pairs, so no interval is given for it here.
+
+def compare(arms: list[str], runs: list[Run], reference: Statistics | None = None, seed: int = 0
+            ) -> list[dict[str, Any]]:
+    """Every arm against the baseline by every measure, as `report.json` lists them.
+
+    Arms are paired over the prompts of the headline sets, and over the seeds that both have: the prompt is the unit,
+    so its scores are averaged over seeds. FID, a figure of a whole set of images, is compared by resampling prompts
+    (`eval.fid_difference`), where its reference is given.
     """
     b = baseline(arms)
+    measures = measures_of(runs[0].metrics)
+    seeds = {arm: {run.seed for run in runs if run.arm == arm} for arm in arms}
+    compared = [a for a in arms if a != b and seeds[a] & seeds[b]]
     found = []
-    for a in arms:
-        seeds = _seeds(a, runs) & _seeds(b, runs)
-        if a == b or not seeds:
-            continue
-        try:
-            result = paired_difference(_mean_scores(a, seeds, runs), _mean_scores(b, seeds, runs), seed)
-        except ValueError as error:
-            raise UserError(f"arms {a} and {b} did not draw the same prompts ({error}): generate and evaluate both "
-                            "again") from None
-        found.append({"a": a, "b": b, "metric": "clip_score", **result})
+    for a in compared:
+        shared = sorted(seeds[a] & seeds[b])
+        _check_same_prompts(a, b, runs)
+        for measure in measures[:-1]:
+            ours, theirs = (np.array([run.headline(measure.key) for run in _of(arm, shared, runs)]) for arm in (a, b))
+            if _any_shared(ours, theirs):
+                found.append({"a": a, "b": b, "metric": measure.key, **paired_difference(ours, theirs, seed)})
+    return found + (_compare_fids(compared, b, runs, reference, seed) if reference else [])
+
+
+def _compare_fids(compared: list[str], b: str, runs: list[Run], reference: Statistics, seed: int
+                  ) -> list[dict[str, Any]]:
+    metrics = runs[0].metrics
+    note = why_no_interval(metrics["num_images"], metrics["feature_dim"])
+    fids: dict[tuple[str, int], Fids] = {}
+    used = [run for run in runs if run.arm in (b, *compared)] if compared and note is None else []
+    with progress.bar("FID intervals", len(used)) as bar:
+        for run in used:
+            fids[run.arm, run.seed] = resample_fid(run.features()[0], reference, seed)
+            bar.update(1)
+    found = []
+    for a in compared:
+        shared = sorted({run.seed for run in _of(a, None, runs)} & {run.seed for run in _of(b, None, runs)})
+        result = (_without_interval(a, b, shared, runs, note) if note is not None else
+                  fid_difference([fids[a, each] for each in shared], [fids[b, each] for each in shared], seed))
+        found.append({"a": a, "b": b, "metric": FID.key, **result, "num_prompts": metrics["num_images"]})
     return found
 
 
-def _seeds(arm: str, runs: list[Run]) -> set[int]:
-    return {run.seed for run in runs if run.arm == arm}
+def _without_interval(a: str, b: str, seeds: list[int], runs: list[Run], note: str) -> dict[str, Any]:
+    means = [float(np.mean([run.metrics["fid"] for run in _of(arm, seeds, runs)])) for arm in (a, b)]
+    return {"difference": means[0] - means[1], "ci": None, "ratio": means[0] / means[1] if means[1] > 0 else None,
+            "ratio_ci": None, "p": None, "verdict": "can't tell", "note": note}
 
 
-def _mean_scores(arm: str, seeds: set[int], runs: list[Run]) -> np.ndarray:
-    """Scores a prompt, (N,), averaged over seeds. `ValueError` where seeds have different numbers of prompts."""
-    return np.mean([run.scores for run in runs if run.arm == arm and run.seed in seeds], axis=0)
+def _of(arm: str, seeds: list[int] | None, runs: list[Run]) -> list[Run]:
+    """The runs of an arm, in the order of their seeds."""
+    found = [run for run in runs if run.arm == arm and (seeds is None or run.seed in seeds)]
+    return sorted(found, key=lambda run: run.seed)
+
+
+def _check_same_prompts(a: str, b: str, runs: list[Run]) -> None:
+    sets = [run.scores.sets for run in runs if run.arm in (a, b)]
+    headlines = [run.metrics["headline_sets"] for run in runs if run.arm in (a, b)]
+    if any(each != sets[0] for each in sets) or any(each != headlines[0] for each in headlines):
+        raise UserError(f"arms {a} and {b} did not draw the same prompts ({len(sets[0])} and {len(sets[-1])}): "
+                        "generate and evaluate both again")
+
+
+def _any_shared(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether there is a prompt for which both arms have a value, of whatever seed."""
+    return bool((~np.isnan(a)).any(axis=0)[(~np.isnan(b)).any(axis=0)].any())
 
 
 # --- in words ------------------------------------------------------------------------------------------------------
 
 
-def verdict(arms: list[str], summaries: list[ArmSummary], comparisons: list[dict[str, Any]]) -> tuple[str, list[str]]:
+@dataclass(frozen=True)
+class Findings:
+    """What was found of arms, by measure."""
+
+    arms: list[str]
+    measures: list[Measure]
+    summaries: list[ArmSummary]
+    comparisons: list[dict[str, Any]]
+
+    @cached_property
+    def headline(self) -> list[Measure]:
+        return headline_measures(self.measures)
+
+    @property
+    def lead(self) -> Measure:
+        """What the headline goes by: the judge's first metric, or else CLIP score."""
+        return self.headline[0]
+
+    @property
+    def baseline(self) -> str:
+        return baseline(self.arms)
+
+    def against(self, arm: str, measure: Measure) -> dict[str, Any] | None:
+        """The comparison of an arm with the baseline, if there is one."""
+        return next((each for each in self.comparisons if each["a"] == arm and each["metric"] == measure.key), None)
+
+    def mean(self, arm: str, measure: Measure) -> float | None:
+        return next((each.mean(measure) for each in self.summaries if each.arm == arm), None)
+
+
+def verdict(found: Findings) -> tuple[str, list[str]]:
     """A headline, and sentences that say on what it stands."""
-    b, a = baseline(arms), claim(arms)
-    by_arm = {each["a"]: each for each in comparisons}
-    if a is None or a not in by_arm:
+    a, b, lead = claim(found.arms), found.baseline, found.lead
+    result = found.against(a, lead) if a else None
+    if a is None or result is None:
         return "There is no second arm to compare.", []
-    found = by_arm[a]
-    headline = f"Pictures of the arm “{a}” match their prompts {found['verdict']} than those of “{b}”."
-    if found["verdict"] == "can't tell":
-        headline = f"No difference between the arms “{a}” and “{b}” could be shown."
-    num_prompts = summaries[0].num_images
-    return headline, [_clip_sentence(a, b, num_prompts, found), *_fid_sentences(a, b, summaries, found),
-                      *_control_sentences(by_arm, b), *_seed_sentences(a, summaries)]
+    headline = f"Pictures of the arm “{a}” match their prompts {result['verdict']} than those of “{b}”"
+    if result["verdict"] == "can't tell":
+        headline = f"No difference between the arms “{a}” and “{b}” could be shown"
+    if lead.is_share:
+        ours, theirs = (lead.text(found.mean(arm, lead)) for arm in (a, b))
+        headline += f": {lead.label.lower()} {ours} against {theirs}"
+    scores = [_score_sentence(a, b, measure, each) for measure in found.headline[:-1]
+              if (each := found.against(a, measure))]
+    return f"{headline}.", [*scores, *_fid_sentences(a, b, found), *_disagreement(a, found), *_control(b, found),
+                            *_seed_sentences(a, found)]
 
 
-def _clip_sentence(a: str, b: str, num_prompts: int, found: dict[str, Any]) -> str:
-    low, high = found["ci"]
-    p = "p < 0.001" if found["p"] < 0.001 else f"p = {found['p']:.3f}"
-    return (f"CLIP score of {a} against {b}: {signed(found['difference'])}, 95 % interval {signed(low)} to "
-            f"{signed(high)}, {p}, over {num_prompts:,} prompts.")
+def _score_sentence(a: str, b: str, measure: Measure, found: dict[str, Any]) -> str:
+    return (f"{measure.label} of {a} against {b}: {measure.change(found['difference'])}{measure.unit}, 95 % interval "
+            f"{measure.interval(found)}, {p_text(found['p'])}, over {found['num_prompts']:,} prompts.")
 
 
-def _fid_sentences(a: str, b: str, summaries: list[ArmSummary], found: dict[str, Any]) -> list[str]:
-    fid = {each.arm: each.fid for each in summaries}
-    if a not in fid or b not in fid:
+def _fid_sentences(a: str, b: str, found: Findings) -> list[str]:
+    ours, theirs = found.mean(a, FID), found.mean(b, FID)
+    if ours is None or theirs is None:
         return []
-    sentence = f"FID, lower is better: {fid[a]:.2f} for {a}, {fid[b]:.2f} for {b}."
-    opposed = {"better": fid[a] > fid[b], "worse": fid[a] < fid[b]}.get(found["verdict"], False)
-    return [sentence, "The two measures disagree."] if opposed else [sentence]
+    sentence = f"FID, lower is better: {ours:.2f} for {a}, {theirs:.2f} for {b}"
+    result = found.against(a, FID)
+    if result is None:
+        return [f"{sentence}."]
+    if result["ci"] is None:
+        return [f"{sentence}; {result['note']}."]
+    return [f"{sentence}; difference {FID.change(result['difference'])}, 95 % interval {FID.interval(result)}: "
+            f"{result['verdict']}."]
 
 
-def _control_sentences(by_arm: dict[str, dict[str, Any]], b: str) -> list[str]:
-    shuffled = by_arm.get("shuffled")
-    if shuffled is None:
+def _disagreement(a: str, found: Findings) -> list[str]:
+    results = [(measure, each) for measure in found.headline if (each := found.against(a, measure))]
+    words = {each["verdict"] for measure, each in results if measure is not FID or each["ci"]}
+    if FID not in [measure for measure, each in results if each["ci"]]:  # then its sign must do
+        ours, theirs = found.mean(a, FID), found.mean(found.baseline, FID)
+        if ours is not None and theirs is not None and ours != theirs:
+            words.add("better" if ours < theirs else "worse")
+    return ["The measures disagree."] if {"better", "worse"} <= words else []
+
+
+def _control(b: str, found: Findings) -> list[str]:
+    results = [(measure, each) for measure in found.headline[:-1] if (each := found.against("shuffled", measure))]
+    if not results:
         return []
-    if shuffled["verdict"] == "better":
-        return [f"The control fails: captions of other images (shuffled) also beat {b}, so what the captions say is "
-                "not the cause."]
+    beaten = [measure.label for measure, each in results if each["verdict"] == "better"]
+    if beaten:
+        return [f"The control fails: captions of other images (shuffled) also beat {b} by {' and '.join(beaten)}, so "
+                "what the captions say is not the cause."]
     return [f"The control holds: captions of other images (shuffled) do not beat {b}."]
 
 
-def _seed_sentences(a: str, summaries: list[ArmSummary]) -> list[str]:
-    if any(each.arm == a and len(each.fids) > 1 for each in summaries):
-        return []
-    return ["There is one training seed: the interval speaks of these very models, and training anew may move them "
-            "by more."]
+def _seed_sentences(a: str, found: Findings) -> list[str]:
+    num_seeds = max((len(each.values["fid"]) for each in found.summaries if each.arm == a), default=1)
+    if num_seeds < MIN_SEEDS:
+        count = "There is one training seed" if num_seeds == 1 else "There are two training seeds"
+        return [f"{count}: the interval speaks of these very models, and training anew may move them by more."]
+    return [f"The intervals resample prompts and the {num_seeds} training seeds; so few seeds tell little of how much "
+            "training anew may move them."]
 
 
-def signed(value: float, digits: int = 2) -> str:
-    """`+0.51`, `−0.20`, with a true minus sign; a zero has none."""
-    text = f"{value:+.{digits}f}".replace("-", "−")
-    return text if text.strip("+−0.") else text[1:]
+def p_text(p: float | None) -> str:
+    """`p = 0.012`, `p < 0.001`."""
+    if p is None:
+        return "no p-value"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def arms_table(summaries: list[ArmSummary], comparisons: list[dict[str, Any]]) -> str:
+def arms_table(found: Findings) -> str:
     """The result for a terminal, at most 80 columns."""
-    by_arm = {each["a"]: each for each in comparisons}
-    against = f"CLIP score against {comparisons[0]['b'][:20]}, 95 % interval" if comparisons else ""
-    lines = [f"{'arm':<16}{'FID ↓':>10}{'CLIP score ↑':>14}   {against}".rstrip()]
-    for each in summaries:
-        name = each.arm if len(each.arm) <= 16 else each.arm[:15] + "…"
-        lines.append(f"{name:<16}{each.fid:>10.2f}{each.clip_score:>14.2f}   {_against(by_arm.get(each.arm))}".rstrip())
+    lead, columns = found.lead, [found.headline[-1], *reversed(found.headline[:-1])]
+    widths = [9, 9, 12][:len(columns)]
+    names = [f"{'CLIP' if measure.key == 'clip_score' else measure.label[:8]} {measure.arrow}" for measure in columns]
+    against = f"{lead.label[:16]} against {found.baseline[:12]}" if found.comparisons else ""
+    lines = [_line("arm", names, widths, against)]
+    for each in found.summaries:
+        values = [measure.text(each.mean(measure)) for measure in columns]
+        lines.append(_line(each.arm, values, widths, _against(lead, found.against(each.arm, lead))))
     return "\n".join(lines)
 
 
-def _against(found: dict[str, Any] | None) -> str:
+def _line(name: str, cells: list[str], widths: list[int], last: str) -> str:
+    name = name if len(name) <= 14 else name[:13] + "…"
+    middle = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    return f"{name:<14}{middle}   {last}".rstrip()
+
+
+def _against(lead: Measure, found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
-    low, high = found["ci"]
-    return f"{signed(found['difference'])} [{signed(low)}, {signed(high)}] {found['verdict']}"
+    low, high = map(lead.change, found["ci"])
+    return f"{lead.change(found['difference'])} [{low}, {high}] {found['verdict']}"

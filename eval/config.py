@@ -7,14 +7,17 @@ from recap.config import Model, Table
 
 class Generate(Table):
     prompts: str | list[str] = Field(default_factory=list)
-    """What every arm draws: a file .txt (one a line), .tsv (column `Prompt`) or .jsonl (field `prompt`), or shards."""
-    kind: str = "alt"
-    """Where `prompts` are shards: the caption kind that serves as the prompt."""
+    """What every arm draws: files .txt (one a line), .tsv (column `Prompt`) or .jsonl (field `prompt`), or shards.
+
+    Braces and globs may be used. Each file is a prompt set, named by its stem: figures are given for each."""
+    kind: str | list[str] = "alt"
+    """Where `prompts` are shards: the caption kinds that serve as prompts, each a prompt set of its name."""
     num_prompts: int | None = Field(None, ge=1)
-    """Only the first so many; all by default."""
+    """Only the first so many of every prompt set; all by default."""
     batch_size: int = Field(8, ge=1)
     num_inference_steps: int = Field(50, ge=1)
     guidance_scale: float = Field(7.5, ge=0)
+    """For the arms that have none of their own (`arm.NAME.guidance_scale`)."""
     seed: int = 0
     """Image i is drawn from noise of (seed, i): the same for every arm, whatever the batch."""
 
@@ -29,12 +32,27 @@ class ClipScore(Model):
     """An open_clip model: `local-dir:FOLDER`, `hf-hub:ID`."""
 
 
+class JudgeRef(Table):
+    """A judge of one's own. Its class is imported, and so its code is run: name only code that you trust."""
+
+    target: str
+    """`package.module:Class`, importable (installed, or on PYTHONPATH), with the interface of `eval.judge.Judge`."""
+    model: str
+    """The folder that `Class.open(folder, device)` is given."""
+
+
 class Evaluate(Table):
     reference: str | list[str] = Field(default_factory=list)
     """Real images for FID: a folder of images, or shards."""
     batch_size: int = Field(32, ge=1)
     features: Features = Features()
     clip_score: ClipScore = ClipScore()
+    judge: JudgeRef | None = None
+    """Who else looks at every picture; by default nobody."""
+    sets: list[str] | None = Field(None, min_length=1)
+    """The prompt sets of the headline figures (FID, CLIP score, the judge's metrics, comparisons); by default all.
+
+    The others are drawn and scored as well, and shown set by set."""
 
 
 class Report(Table):
@@ -45,3 +63,7 @@ class Report(Table):
     """Images shown with their captions before and after."""
     num_prompts: int = Field(8, ge=0)
     """Prompts shown as drawn by every arm."""
+    references: list[str] = []
+    """Caption kinds of the shards in `evaluate.reference`, compared with the captions that were written."""
+    beside: str | None = None
+    """A result's JSON, as `report.json`, shown beside this run's own; see `eval/beside.py`."""

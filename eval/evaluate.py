@@ -1,25 +1,32 @@
-"""What an arm drew → FID against real images, and the CLIP score of every picture with its prompt."""
+"""What an arm drew → FID against real images, and for every picture its CLIP score and what a judge says of it."""
 
+import io
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from eval.clip_score import ClipScorer
 from eval.config import Evaluate
 from eval.features import FeatureNetwork, features, iterate_images, open_network, read_image
 from eval.fid import Statistics, frechet_distance, load, save, statistics
 from eval.generate import PROMPTS_FILE, image_path
+from eval.judge import Judge, judge_images, open_judge
+from eval.prompts import Prompt
+from eval.scores import Scores, headline_sets
 from recap import progress
 from recap.errors import UserError
 from recap.pretrained import load_pretrained
 from recap.rundir import StageDir, digest, folder_identity
-from recap.shards import Reject, expand, identity, write_json
+from recap.shards import Reject, expand, identity, write_bytes, write_json
 
 REFERENCE_FILE = "reference.npz"
+FEATURES_FILE = "features.npz"
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Drawn:
     """A picture and the prompt that it was drawn from."""
 
     path: Path
-    prompt: str
+    prompt: Prompt
 
 
 def reference(stage: StageDir, config: Evaluate, device: str) -> dict[str, Any]:
@@ -54,28 +61,40 @@ def reference(stage: StageDir, config: Evaluate, device: str) -> dict[str, Any]:
 
 
 def run(stage: StageDir, images: Path, reference: Path, config: Evaluate, device: str) -> dict[str, Any]:
-    """Score a folder that `generate` filled; write `metrics.json`, and `scores.json`, a CLIP score for every prompt.
+    """Score a folder that `generate` filled.
+
+    Writes `metrics.json`; `scores.json`, the value of every metric for every prompt; and `features.npz`, the FID
+    network's `features` (N, D) float32 of the pictures that FID is taken over, and their `index` among the prompts.
 
     Args:
         stage: begun by the caller.
         images: folder with `prompts.jsonl` and a picture for each of its lines.
         reference: what `reference` wrote: the .npz, or the folder that holds it.
-        config: batch size, feature network, CLIP model.
+        config: batch size, feature network, CLIP model, judge, and the prompt sets of the headline figures.
         device: a torch device.
 
     Returns:
-        The metrics: `fid`, `clip_score` (mean over prompts), `num_images`, `num_reference`, `clip_truncated` (prompts
-        that lost tokens even by sentence), `features`, `feature_dim` and `clip_model` (which networks these were).
+        The metrics. Over the headline sets: `fid`, `clip_score` and the judge's metrics (means over the prompts asked),
+        `num_images`. For every set the same but `fid`, in `sets`. And `num_reference`, `clip_truncated` (prompts that
+        lost tokens even by sentence), `features`, `feature_dim`, `clip_model`, `judge` (which networks these were),
+        `headline_sets`.
     """
     drawn = read_drawn(images)
+    sets = headline_sets(config.sets, [each.prompt.set for each in drawn])
+    headline = [index for index, each in enumerate(drawn) if each.prompt.set in sets]
     network = open_network(config.features, "evaluate.features", device)
     target = load_reference(reference, network)
-    fid = _fid(drawn, target, network, config)
-    scores, truncated, clip_model = _clip_scores(drawn, config, device)
-    metrics = {"fid": fid, "clip_score": float(np.mean(scores)), "num_images": len(drawn), "num_reference": target.n,
-               "clip_truncated": truncated, "features": network.name, "feature_dim": network.dim,
-               "clip_model": clip_model}
-    write_json(str(stage.path / "scores.json"), scores)
+    judge = open_judge(config.judge, device) if config.judge else None
+    found = _features([drawn[index] for index in headline], target, network, config)
+    clip_scores, truncated, clip_model = _clip_scores(drawn, config, device)
+    scores = Scores([each.prompt.set for each in drawn], {"clip_score": clip_scores, **_judged(judge, drawn, config)})
+    metrics = {"fid": frechet_distance(statistics(found), target), **scores.means(sets), "num_images": len(headline),
+               "num_reference": target.n, "clip_truncated": truncated, "features": network.name,
+               "feature_dim": network.dim, "clip_model": clip_model,
+               "judge": {"name": judge.name, "metrics": dict(judge.metrics)} if judge else None,
+               "headline_sets": sets, "sets": scores.by_set()}
+    _save_features(stage.path / FEATURES_FILE, found, headline)
+    scores.save(stage.path / "scores.json")
     write_json(str(stage.path / "metrics.json"), metrics)
     return metrics
 
@@ -83,20 +102,28 @@ def run(stage: StageDir, images: Path, reference: Path, config: Evaluate, device
 def read_drawn(images: Path) -> list[Drawn]:
     """The pictures of a folder that `generate` filled, in the order of the prompts."""
     listing = images / PROMPTS_FILE
+    again = f"delete {images / 'done.json'}, and run `recap generate` again"
     try:
-        rows = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
-        drawn = [Drawn(image_path(images, row["index"]), row["prompt"]) for row in rows]
+        # Not splitlines: it would also split at the odd separators that a prompt's `about` may hold.
+        lines = listing.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        rows = [json.loads(line) for line in lines]
+        drawn = [Drawn(image_path(images, row["index"]), _prompt(row)) for row in rows]
     except FileNotFoundError:
         raise UserError(f"no {PROMPTS_FILE} in {images}: run `recap generate` first") from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{listing} is damaged: delete it, and run `recap generate` again") from None
+        raise UserError(f"{listing} is damaged: {again}") from None
     missing = [each.path.name for each in drawn if not each.path.is_file()]
     if missing:
-        raise UserError(f"{images}: {len(missing)} of {len(drawn)} pictures are missing ({missing[0]} first): "
-                        "run `recap generate` again")
-    if len(drawn) < 2:
-        raise UserError(f"{images}: {len(drawn)} pictures: FID needs at least 2 prompts, and thousands to mean much")
+        raise UserError(f"{images}: {len(missing)} of {len(drawn)} pictures are missing ({missing[0]} first): {again}")
     return drawn
+
+
+def _prompt(row: dict[str, Any]) -> Prompt:
+    """A line of `prompts.jsonl`. Others than `generate` may write one, with no more than index and prompt."""
+    found = Prompt(row["prompt"], row.get("set", "prompts"), row.get("about", {}))
+    if not (isinstance(found.text, str) and isinstance(found.set, str) and isinstance(found.about, dict)):
+        raise TypeError("not a prompt")
+    return found
 
 
 def load_reference(path: Path, network: FeatureNetwork) -> Statistics:
@@ -111,30 +138,53 @@ def load_reference(path: Path, network: FeatureNetwork) -> Statistics:
     return found
 
 
-def _fid(drawn: list[Drawn], target: Statistics, network: FeatureNetwork, config: Evaluate) -> float:
+def _features(drawn: list[Drawn], target: Statistics, network: FeatureNetwork, config: Evaluate) -> np.ndarray:
+    if len(drawn) < 2:
+        raise UserError(f"evaluate.sets: {len(drawn)} pictures to take FID over: it needs at least 2, and thousands "
+                        "to mean much")
     with progress.bar("features", len(drawn)) as bar:
-        found = statistics(features((read_image(each.path) for each in drawn), network, config.batch_size, bar.update))
-    if min(found.n, target.n) <= found.dim:
-        progress.warn(f"FID over {found.n} images and {target.n} references with {found.dim} features is far too high: "
-                      "compare arms at this very number of images only, and with no published figure")
-    return frechet_distance(found, target)
+        found = features((read_image(each.path) for each in drawn), network, config.batch_size, bar.update)
+    if min(len(found), target.n) <= network.dim:
+        progress.warn(f"FID over {len(found)} images and {target.n} references with {network.dim} features is far too "
+                      "high: compare arms at this very number of images only, and with no published figure")
+    return found
 
 
-def _clip_scores(drawn: list[Drawn], config: Evaluate, device: str) -> tuple[list[float], int, str]:
+def _save_features(path: Path, found: np.ndarray, index: list[int]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, features=found.astype(np.float32), index=np.array(index, dtype=np.int64))
+    write_bytes(str(path), buffer.getvalue())
+
+
+def _clip_scores(drawn: list[Drawn], config: Evaluate, device: str) -> tuple[list[float | None], int, str]:
     scorer = load_pretrained(lambda folder: ClipScorer(folder, device), config.clip_score, "evaluate.clip_score")
-    scores: list[float] = []
+    scores: list[float | None] = []
     truncated = 0
-    with progress.bar("CLIP score", len(drawn)) as bar:
-        for start in range(0, len(drawn), config.batch_size):
-            batch = drawn[start:start + config.batch_size]
-            found, num_cut = scorer.score([read_image(each.path) for each in batch], [each.prompt for each in batch])
-            scores += found.tolist()
-            truncated += num_cut
-            bar.update(len(batch))
+    for images, prompts in _batches(drawn, config.batch_size, "CLIP score"):
+        found, num_cut = scorer.score(images, [prompt.text for prompt in prompts])
+        scores += found.tolist()
+        truncated += num_cut
     if truncated:
         progress.warn(f"CLIP score: {truncated} of {len(drawn)} prompts have a sentence longer than the "
                       f"{scorer.context_length} tokens that the model reads; its end was not scored")
     return scores, truncated, scorer.name
+
+
+def _judged(judge: Judge | None, drawn: list[Drawn], config: Evaluate) -> dict[str, list[float | None]]:
+    if judge is None:
+        return {}
+    found = [values for images, prompts in _batches(drawn, config.batch_size, "judge")
+             for values in judge_images(judge, images, prompts)]
+    return {metric: [values[metric] for values in found] for metric in judge.metrics}
+
+
+def _batches(drawn: list[Drawn], size: int, title: str) -> Iterator[tuple[list[Image.Image], list[Prompt]]]:
+    """The pictures, decoded, and their prompts; a batch counts as done when the next one is asked for."""
+    with progress.bar(title, len(drawn)) as bar:
+        for start in range(0, len(drawn), size):
+            batch = drawn[start:start + size]
+            yield [read_image(each.path) for each in batch], [each.prompt for each in batch]
+            bar.update(len(batch))
 
 
 def _identity(source: str | list[str]) -> Any:

@@ -5,18 +5,17 @@ import hashlib
 import heapq
 import io
 import json
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from eval.comparisons import Run
 from eval.evaluate import read_drawn
 from eval.features import read_image
+from eval.measures import Measure
 from recap.chunks import CONTENT_TOKENS, split
 from recap.clip_bpe import clip_tokenizer
 from recap.errors import BadSample
@@ -82,7 +81,8 @@ class Drawing:
 
     arm: str
     picture: Picture
-    clip_score: float
+    figure: str
+    """What the leading measure says of it."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class GridRow:
     """A prompt, drawn by every arm from the same noise."""
 
     prompt: Text
+    set: str
     drawings: list[Drawing]
 
 
@@ -124,18 +125,10 @@ def shorten(text: str) -> Text:
 # --- captions ------------------------------------------------------------------------------------------------------
 
 
-def captions(shards: list[Path], styles: list[str], num_cards: int) -> tuple[list[Card], dict[str, Any]]:
-    """Cards to show, and for every kind of caption how long it is.
-
-    Returns:
-        `num_cards` cards, the samples of the smallest hashes; and kind → `num_captions`, `mean_clip_tokens`,
-        `median_clip_tokens`, `share_over_75` (needs more than one CLIP window), over the samples that were read.
-    """
-    lengths: dict[str, list[int]] = defaultdict(list)
+def captions(shards: list[Path], styles: list[str], num_cards: int) -> list[Card]:
+    """`num_cards` cards to show: the samples of the smallest hashes, of those that were read."""
     chosen: list[tuple[str, Sample]] = []
     for sample in _some_samples(shards):
-        for caption in _captions(sample, ["alt", *styles]):
-            lengths[caption.style].append(caption.num_clip_tokens)
         chosen.append((hash_of(sample.uid), sample))
         if len(chosen) > 4 * num_cards + 64:
             chosen = _smallest(2 * num_cards, chosen)
@@ -143,7 +136,7 @@ def captions(shards: list[Path], styles: list[str], num_cards: int) -> tuple[lis
     for _, sample in _smallest(2 * num_cards, chosen):  # twice as many, as some may have nothing to show
         if len(cards) < num_cards and (card := _card(sample, styles)):
             cards.append(card)
-    return cards, {kind: _lengths(lengths[kind]) for kind in ["alt", *styles] if lengths[kind]}
+    return cards
 
 
 def _smallest(count: int, found: list[tuple[str, Sample]]) -> list[tuple[str, Sample]]:
@@ -198,23 +191,27 @@ def _recorded(sample: Sample) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def _lengths(tokens: list[int]) -> dict[str, Any]:
-    return {"num_captions": len(tokens), "mean_clip_tokens": round(float(np.mean(tokens)), 1),
-            "median_clip_tokens": float(np.median(tokens)),
-            "share_over_75": round(sum(count > CONTENT_TOKENS for count in tokens) / len(tokens), 4)}
-
-
 # --- pictures ------------------------------------------------------------------------------------------------------
 
 
-def grid(arms: list[str], runs: list[Run], num_prompts: int) -> list[GridRow]:
-    """The same prompts drawn by every arm; of several seeds, the first that an arm has."""
+def grid(arms: list[str], runs: list[Run], num_prompts: int, lead: Measure) -> list[GridRow]:
+    """The same prompts of the headline sets, drawn by every arm; of several seeds, the first that an arm has."""
     first = {arm: min((run for run in runs if run.arm == arm), key=lambda run: run.seed, default=None) for arm in arms}
     shown = {arm: (run, read_drawn(run.images)) for arm, run in first.items() if run is not None}
     if not shown:
         return []
-    prompts = [each.prompt for each in next(iter(shown.values()))[1]]
-    picks = sorted(range(len(prompts)), key=lambda index: hash_of(f"{index}/{prompts[index]}"))[:num_prompts]
-    return [GridRow(shorten(prompts[index]), [
-        Drawing(arm, picture(read_image(drawn[index].path)), run.scores[index]) for arm, (run, drawn) in shown.items()])
-        for index in sorted(picks)]
+    run, drawn = next(iter(shown.values()))
+    prompts = [each.prompt for each in drawn]
+    headline = [index for index, prompt in enumerate(prompts) if prompt.set in run.metrics["headline_sets"]]
+    picks = sorted(headline, key=lambda index: hash_of(f"{index}/{prompts[index].text}"))[:num_prompts]
+    return [GridRow(shorten(prompts[index].text), prompts[index].set, [
+        Drawing(arm, picture(read_image(drawn[index].path)), _figure(run, index, lead))
+        for arm, (run, drawn) in shown.items()]) for index in sorted(picks)]
+
+
+def _figure(run: Run, index: int, measure: Measure) -> str:
+    """What is written below a picture; a judgement that is a plain yes or no as such."""
+    value = run.scores.columns[measure.key][index]
+    if measure.is_share and value in (0, 1):
+        return "✓" if value else "✗"
+    return measure.text(value)

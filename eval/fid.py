@@ -7,6 +7,7 @@ it. Roots of symmetric matrices are always real, and give the same value to ten 
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,13 +53,22 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     is the sum of their roots. R leaves out the directions in which Σ₁ is zero but for rounding: with fewer images than
     features there are many, and the roots of their 1e-16 would add up.
     """
-    if a.dim != b.dim:
-        raise ValueError(f"features of {a.dim} and {b.dim} dimensions cannot be compared")
+    return distance_to(a)(b)
+
+
+def distance_to(a: Statistics) -> Callable[[Statistics], float]:
+    """`frechet_distance` to one and the same set, whose root is then found only once."""
     root = _root(a.sigma)
-    trace_of_root = np.sqrt(np.clip(np.linalg.eigvalsh(root.T @ b.sigma @ root), 0, None)).sum()
-    difference = a.mu - b.mu
-    distance = difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace_of_root
-    return max(0.0, float(distance))  # below 0 by rounding only
+
+    def distance(b: Statistics) -> float:
+        if a.dim != b.dim:
+            raise ValueError(f"features of {a.dim} and {b.dim} dimensions cannot be compared")
+        trace_of_root = np.sqrt(np.clip(np.linalg.eigvalsh(root.T @ b.sigma @ root), 0, None)).sum()
+        difference = a.mu - b.mu
+        squared = difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace_of_root
+        return max(0.0, float(squared))  # below 0 by rounding only
+
+    return distance
 
 
 def _root(matrix: np.ndarray) -> np.ndarray:

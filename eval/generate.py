@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from eval.config import Generate
-from eval.prompts import load_prompts
+from eval.prompts import Prompt, load_prompts
 from recap import progress
 from recap.config import Model
 from recap.rundir import StageDir
@@ -20,7 +20,9 @@ PROMPTS_FILE = "prompts.jsonl"
 
 
 def run(stage: StageDir, pipeline: Model, where: str, config: Generate, arm: str, device: str) -> dict[str, Any]:
-    """Draw prompt i to `stage.path/0000i.png`, and list the prompts in `prompts.jsonl` (index, prompt, seed, windows).
+    """Draw prompt i to `stage.path/0000i.png`, and list the prompts in `prompts.jsonl`.
+
+    A line holds `index`, `prompt`, `set`, `about`, `seed`, `windows`.
 
     To resume, run the same again. A batch with a missing picture is drawn whole: which prompts share a batch is fixed
     by the plan, so an interruption cannot change a pixel.
@@ -39,14 +41,15 @@ def run(stage: StageDir, pipeline: Model, where: str, config: Generate, arm: str
     prompts = load_prompts(config)
     pipe = load_pipeline(pipeline, where, device)
     seeds = [image_seed(config.seed, index) for index in range(len(prompts))]
-    windows = [num_windows(pipe, prompt) for prompt in prompts]
+    texts = [prompt.text for prompt in prompts]
+    windows = [num_windows(pipe, text) for text in texts]
     _list_prompts(stage.path, prompts, seeds, windows)
-    batches = plan(pipe, prompts, config.batch_size)
+    batches = plan(pipe, texts, config.batch_size)
     missing = [batch for batch in batches if not all(image_path(stage.path, index).is_file() for index in batch)]
     done = len(prompts) - sum(map(len, missing))
     with progress.bar(f"generate {arm}", len(prompts), done) as bar:
         for batch in missing:
-            drawn = draw(pipe, [prompts[index] for index in batch], [seeds[index] for index in batch],
+            drawn = draw(pipe, [texts[index] for index in batch], [seeds[index] for index in batch],
                          num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale)
             for index, image in zip(batch, drawn, strict=True):
                 write_bytes(str(image_path(stage.path, index)), _png(image))
@@ -58,8 +61,9 @@ def image_path(folder: Path, index: int) -> Path:
     return folder / f"{index:05d}.png"
 
 
-def _list_prompts(folder: Path, prompts: list[str], seeds: list[int], windows: list[int]) -> None:
-    rows = [{"index": index, "prompt": prompt, "seed": seed, "windows": count}
+def _list_prompts(folder: Path, prompts: list[Prompt], seeds: list[int], windows: list[int]) -> None:
+    rows = [{"index": index, "prompt": prompt.text, "set": prompt.set, "about": prompt.about, "seed": seed,
+             "windows": count}
             for index, (prompt, seed, count) in enumerate(zip(prompts, seeds, windows, strict=True))]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_bytes(str(folder / PROMPTS_FILE), text.encode())

@@ -7,10 +7,15 @@ from typing import Any
 
 import jinja2
 
+from eval.beside import Beside, read_beside
+from eval.caption_table import Source, caption_table
 from eval.charts import Row, dot_chart
-from eval.comparisons import ArmSummary, Run, arms_table, baseline, compare, signed, summarize, verdict
-from eval.config import Report
+from eval.comparisons import Findings, Run, arms_table, compare, p_text, summarize, verdict
+from eval.config import JudgeRef, Report
 from eval.exhibits import captions, grid
+from eval.fid import load
+from eval.judge import open_judge
+from eval.measures import FID, Measure, measures_of, signed
 from recap.errors import UserError
 from recap.rundir import StageDir
 from recap.shards import write_bytes, write_json
@@ -33,6 +38,14 @@ class ReportInput:
     runs: list[Run]
     relabelled: list[Path]
     """Relabelled shards; none where the experiment brought its own."""
+    stitched: list[Path] = field(default_factory=list)
+    """Shards with the stitched captions that the captioner was tuned on."""
+    reference: list[str] = field(default_factory=list)
+    """Shards of the real images, where it is shards."""
+    statistics: Path | None = None
+    """Of the real images, as `reference.npz`; without them FIDs are not compared."""
+    judge: JudgeRef | None = None
+    device: str = "cpu"
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stage → its result: `images_in`, `images_out`, `quarantined` (reason → images), and other numbers."""
     environment: dict[str, str] = field(default_factory=dict)
@@ -49,15 +62,15 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
     """
     if not content.runs:
         raise UserError("the report has no arm to show: give at least one in arms")
-    summaries = summarize(content.arms, content.runs)
-    comparisons = compare(content.arms, content.runs)
-    cards, lengths = captions(content.relabelled, content.styles, config.num_captions)
-    rows = grid(content.arms, content.runs, config.num_prompts)
-    headline, sentences = verdict(content.arms, summaries, comparisons)
+    found = find(content)
+    judge = open_judge(content.judge, content.device) if content.judge else None
+    said = caption_table(_sources(content, config), judge)
+    headline, sentences = verdict(found)
     page = _template().render(
         title=config.title or content.name, note=config.note, content=content, headline=headline, sentences=sentences,
-        baseline=baseline(content.arms), summaries=summaries, charts=_charts(content.arms, summaries, comparisons),
-        against={each["a"]: each for each in comparisons}, grid=rows, cards=cards, lengths=lengths,
+        found=found, charts=_charts(found), sets=_sets(content.runs, found), captions=said,
+        beside=_beside(config.beside), grid=grid(content.arms, content.runs, config.num_prompts, found.lead),
+        cards=captions(content.relabelled, content.styles, config.num_captions),
         metrics=content.runs[0].metrics, num_seeds=len({each.seed for each in content.runs}),
         settings=_settings(content.config), flows=_flows(content.counts), times=_times(content.seconds))
     # Keys and texts from the web may hold lone surrogates, which no encoding takes.
@@ -65,38 +78,102 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
     write_json(str(stage.path / "report.json"), {
         "schema": SCHEMA,
         "runs": [{"seed": each.seed, "arm": each.arm, "metrics": each.metrics} for each in content.runs],
-        "comparisons": comparisons, "captions": lengths, "counts": content.counts, "config": content.config,
+        "comparisons": found.comparisons, "captions": said, "counts": content.counts, "config": content.config,
         "environment": content.environment})
-    return {"table": arms_table(summaries, comparisons)}
+    return {"table": arms_table(found)}
+
+
+def find(content: ReportInput) -> Findings:
+    """Means over seeds, and every arm against the baseline."""
+    reference = load(content.statistics)[0] if content.statistics else None
+    return Findings(content.arms, measures_of(content.runs[0].metrics), summarize(content.arms, content.runs),
+                    compare(content.arms, content.runs, reference))
+
+
+def _sources(content: ReportInput, config: Report) -> list[Source]:
+    """Where captions are read from: before, after, and what people would write."""
+    stitched, relabelled = ([str(path) for path in paths] for paths in (content.stitched, content.relabelled))
+    return [Source("alt-text", relabelled, ["alt"]), Source("stitched", stitched, content.styles),
+            Source("relabelled", relabelled, content.styles),
+            Source("references", content.reference if config.references else [], config.references)]
+
+
+def _sets(runs: list[Run], found: Findings) -> list[dict[str, Any]]:
+    """A row for each arm and prompt set: means over seeds of the leading measure and of CLIP score."""
+    shown = [measure for measure in found.headline if measure is not FID]
+    rows = []
+    for name in runs[0].metrics["sets"]:
+        arms = []
+        for arm in found.arms:
+            values = [run.metrics["sets"][name] for run in runs if run.arm == arm]
+            arms.append([measure.text(_mean([each.get(measure.key) for each in values])) for measure in shown])
+        rows.append({"set": name, "num": runs[0].metrics["sets"][name]["num_images"], "arms": arms,
+                     "probe": name not in runs[0].metrics["headline_sets"]})
+    return rows
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+@dataclass(frozen=True)
+class _Besides:
+    """Another run's result, and what it says."""
+
+    about: Beside
+    found: Findings
+    headline: str
+    num_seeds: int
+
+
+def _beside(path: str | None) -> _Besides | None:
+    if path is None:
+        return None
+    about = read_beside(path)
+    found = about.findings()
+    return _Besides(about, found, verdict(found)[0], len({run.seed for run in about.runs}))
 
 
 # --- charts --------------------------------------------------------------------------------------------------------
 
 
-def _charts(arms: list[str], summaries: list[ArmSummary], comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The charts as title, note and SVG."""
-    by_arm = {each.arm: each for each in summaries}
-    against = {each["a"]: each for each in comparisons}
-    reference = by_arm[baseline(list(by_arm))]
-    tones = {arm: "reference" if arm == reference.arm else _tone(against.get(arm)) for arm in by_arm}
-    fid = [Row(each.arm, each.fids, f"{each.fid:.2f}", tone="reference" if each is reference else "plain")
-           for each in summaries]
-    clip = [Row(each.arm, each.clip_scores, f"{each.clip_score:.2f}", tone=tones[each.arm]) for each in summaries]
-    charts = [{"title": "FID", "note": "Distance to real images. Lower is better.",
-               "svg": dot_chart(fid, reference.fid, "FID of every arm")},
-              {"title": "CLIP score", "note": "Match of picture and prompt. Higher is better.",
-               "svg": dot_chart(clip, reference.clip_score, "CLIP score of every arm")}]
-    differences = [Row(arm, [found["difference"]], signed(found["difference"]), tuple(found["ci"]), _tone(found))
-                   for arm, found in against.items()]
-    if differences:
-        title = f"CLIP score against {reference.arm}"
-        charts.append({"title": title, "note": "Mean difference over prompts, with its 95 % interval.",
-                       "svg": dot_chart(differences, 0.0, title)})
-    return charts
+def _charts(found: Findings) -> list[dict[str, Any]]:
+    """The charts as title, note and SVG: a chart of values for each headline measure, and one of differences."""
+    return [*(_values(found, measure) for measure in found.headline), *_differences(found, found.lead)]
 
 
-def _tone(found: dict[str, Any] | None) -> str:
-    return found["verdict"] if found and found["verdict"] in ("better", "worse") else "plain"
+def _values(found: Findings, measure: Measure) -> dict[str, Any]:
+    scale = 100 if measure.is_share else 1
+    rows, reference = [], 0.0
+    for each in found.summaries:
+        values = [scale * value for value in each.values.get(measure.key, [])]
+        if values:
+            rows.append(Row(each.arm, values, measure.text(each.mean(measure)), tone=_tone(found, each.arm, measure)))
+        if each.arm == found.baseline and values:
+            reference = sum(values) / len(values)
+    direction = "Lower is better." if measure.lower_is_better else "Higher is better."
+    return {"title": measure.label, "note": f"{measure.about} {direction}",
+            "svg": dot_chart(rows, reference, f"{measure.label} of every arm")}
+
+
+def _differences(found: Findings, measure: Measure) -> list[dict[str, Any]]:
+    scale = 100 if measure.is_share else 1
+    rows = [Row(arm, [scale * each["difference"]], measure.change(each["difference"]),
+                (scale * each["ci"][0], scale * each["ci"][1]), _tone(found, arm, measure))
+            for arm in found.arms if (each := found.against(arm, measure)) and each["ci"]]
+    if not rows:
+        return []
+    title = f"{measure.label} against {found.baseline}"
+    return [{"title": title, "note": f"Mean difference{measure.unit and ' in' + measure.unit}, with its 95 % interval.",
+             "svg": dot_chart(rows, 0.0, title)}]
+
+
+def _tone(found: Findings, arm: str, measure: Measure) -> str:
+    if arm == found.baseline:
+        return "reference"
+    result = found.against(arm, measure)
+    return result["verdict"] if result and result["verdict"] in ("better", "worse") else "plain"
 
 
 # --- template ------------------------------------------------------------------------------------------------------
@@ -105,7 +182,7 @@ def _tone(found: dict[str, Any] | None) -> str:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"signed": signed, "duration": duration, "count": "{:,}".format}
+    environment.filters |= {"signed": signed, "duration": duration, "count": "{:,}".format, "p": p_text}
     return environment.get_template("report.html")
 
 

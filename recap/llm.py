@@ -16,6 +16,7 @@ FILLING = 0.6
 """A box of this share of the picture has no place in it: it is the picture."""
 SIZES = ((0.01, "tiny"), (0.1, "small"), (0.4, "large"), (1.0, "very large"))
 """What a box is called up to which share of the picture."""
+SIZE_WORD = re.compile(r"(?:tiny|small|little|big|large|huge)\b", re.I)
 APART = 0.12
 """Centres closer than this share of the picture are neither left nor right, neither above nor below."""
 
@@ -39,7 +40,7 @@ BIDI_AND_INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\
 class TemplateWriter:
     """Facts in English sentences. The same facts always give the same captions."""
 
-    provenance: ClassVar[dict[str, Any]] = {"name": "template", "version": 1}
+    provenance: ClassVar[dict[str, Any]] = {"name": "template", "version": 2}
 
     def write(self, facts: Facts, size: tuple[int, int], styles: Iterable[str]) -> dict[str, str]:
         """One caption per style: never empty, bounded in length, one line, no control characters.
@@ -92,9 +93,10 @@ def _objects(scene: "_Scene", limit: int) -> list[str]:
 
 
 def _sizes(scene: "_Scene") -> list[str]:
-    """`The dog is large, and the red circles are small.`"""
+    """`The dog is large and the red circles are small.` Unless the label says it, or the thing fills the picture."""
     clauses = []
-    for group in scene.groups[:4]:
+    sized = [group for group in scene.groups if not (SIZE_WORD.match(group.label) or _fills(group))]
+    for group in sized[:4]:
         several = len(group.seen) > 1
         sizes = list(dict.fromkeys(_size(seen.area) for seen in group.seen))
         verb = "are" if several or group.label in PAIRS else "is"
@@ -105,7 +107,7 @@ def _sizes(scene: "_Scene") -> list[str]:
 
 def _relations(scene: "_Scene") -> list[str]:
     """Where the largest objects are to one another, of those that are one of their kind."""
-    single = [group for group in scene.groups if len(group.seen) == 1][:3]
+    single = [group for group in scene.groups if len(group.seen) == 1 and not _fills(group)][:3]
     sentences = []
     for group, other in zip(single[1:], single, strict=False):
         here, there = group.seen[0], other.seen[0]
@@ -203,10 +205,14 @@ def looks_like_words(text: str) -> bool:
 def _placed(group: _Group) -> str:
     """`two red circles at the top left and on the right`."""
     name = _counted(group.label, len(group.seen))
-    if any(seen.area >= FILLING for seen in group.seen):
+    if _fills(group):
         return f"{name} filling most of it"
     places = list(dict.fromkeys(_place(seen) for seen in group.seen))
     return f"{name} {_joined(places)}" if len(places) <= 3 else f"{name} in many places"
+
+
+def _fills(group: _Group) -> bool:
+    return any(seen.area >= FILLING for seen in group.seen)
 
 
 def _place(seen: _Seen) -> str:

@@ -19,7 +19,11 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from eval.beside import find_beside
 from eval.config import Evaluate, Generate, Report
+from eval.judge import find_judge
+from eval.prompts import prompt_inputs, prompt_sets
+from eval.scores import headline_sets
 from recap import pretrained, progress
 from recap.config import DEFAULT_STYLES, Captioner, Data, Finetune, Model, Name, Relabel, RunName, Stitch, Style, Table
 from recap.errors import UserError
@@ -44,7 +48,7 @@ class Experiment(Table):
     arms: list[Name] = Field(["base", "alt", "short", "long", "mix"], min_length=1)
     """Which arms to compare, in the order of the report."""
     arm: dict[Name, Arm] = {}
-    """Arms of one's own, beside the usual ones."""
+    """Arms of one's own, beside the usual ones; a table of a usual arm's name changes what it sets of that arm."""
     data: Data = Data()
     styles: dict[Name, Style] = DEFAULT_STYLES
     """The captions that stitching writes, the captioner learns and relabelling adds."""
@@ -60,7 +64,12 @@ class Experiment(Table):
     @model_validator(mode="before")
     @classmethod
     def _add_usual_arms(cls, content: Any) -> Any:
-        return content | {"arm": DEFAULT_ARMS | content.get("arm", {})} if isinstance(content, dict) else content
+        if not isinstance(content, dict) or not isinstance(content.get("arm", {}), dict):
+            return content  # which validation refuses
+        own = content.get("arm", {})
+        changed = {name: DEFAULT_ARMS[name].model_dump() | table for name, table in own.items()
+                   if name in DEFAULT_ARMS and isinstance(table, dict)}
+        return content | {"arm": DEFAULT_ARMS | own | changed}
 
     @model_validator(mode="after")
     def _check_names(self) -> "Experiment":
@@ -237,19 +246,20 @@ class Plan:
         exp = self.exp
         inputs = self._shards(exp.train.shards, "train.shards")
         return self._stage("train", f"seed-{seed}/train/{arm}", "train_t2i.train:run", [relabel], lambda: {
-            "train": exp.train, "arm": exp.arm[arm], "seed": seed,
+            "train": exp.train, "arm": exp.arm[arm].model_dump(exclude={"guidance_scale"}), "seed": seed,
             "inputs": relabel.dir.fingerprint if relabel else inputs.identity,
             "checkpoint": _checkpoint(exp.train, "train"),
         }, lambda: (_written(relabel) or inputs.urls, exp.train, exp.arm[arm], seed, arm, self.device))
 
     def generate(self, seed: int, arm: str, train: Stage | None) -> Stage:
         exp = self.exp
-        prompts = Inputs(exp.generate.prompts, "generate.prompts")
+        own = exp.arm[arm].guidance_scale
+        config = exp.generate if own is None else exp.generate.model_copy(update={"guidance_scale": own})
         pipeline = Model(model=str(train.path / "pipeline")) if train else _model(exp.train)
         return self._stage("generate", f"seed-{seed}/generate/{arm}", "eval.generate:run", [train], lambda: {
-            "generate": exp.generate, "prompts": prompts.identity,
+            "generate": config, "prompts": [identity(path) for path in prompt_inputs(config)],
             "pipeline": train.dir.fingerprint if train else _checkpoint(exp.train, "train"),
-        }, lambda: (pipeline, "train", exp.generate, arm, self.device))
+        }, lambda: (pipeline, "train", config, arm, self.device))
 
     def reference(self) -> Stage:
         config = self.exp.evaluate
@@ -261,14 +271,20 @@ class Plan:
 
     def evaluate(self, seed: int, arm: str, generate: Stage, reference: Stage) -> Stage:
         config = self.exp.evaluate
-        return self._stage("evaluate", f"seed-{seed}/eval/{arm}", "eval.evaluate:run", [generate, reference], lambda: {
-            "evaluate": config, "images": generate.dir.fingerprint, "reference": reference.dir.fingerprint,
-            "checkpoint": _checkpoint(config.clip_score, "evaluate.clip_score"),
-        }, lambda: (generate.path, reference.path / "reference.npz", config, self.device))
+
+        def reads() -> dict[str, Any]:
+            return {"evaluate": config, "images": generate.dir.fingerprint, "reference": reference.dir.fingerprint,
+                    "checkpoint": _checkpoint(config.clip_score, "evaluate.clip_score"),
+                    "judge": find_judge(config.judge) if config.judge else None,
+                    "sets": headline_sets(config.sets, prompt_sets(self.exp.generate))}
+
+        return self._stage("evaluate", f"seed-{seed}/eval/{arm}", "eval.evaluate:run", [generate, reference], reads,
+                           lambda: (generate.path, reference.path / "reference.npz", config, self.device))
 
     def report(self, stitch: Stage | None, finetune: Stage | None, relabel: Stage | None,
                scored: list[tuple[int, str, Stage, Stage]]) -> Stage:
         exp = self.exp
+        reference = Inputs(exp.evaluate.reference, "evaluate.reference")
 
         def content() -> tuple[Any, ...]:
             from eval.report import ReportInput, Run
@@ -278,6 +294,8 @@ class Plan:
                 runs=[Run(seed, arm, generate.path, evaluate.path) for seed, arm, generate, evaluate in scored],
                 counts={name: stage.dir.result() for name, stage in before.items() if stage},
                 relabelled=[Path(shard) for shard in _written(relabel)], environment=environment(),
+                stitched=[Path(shard) for shard in _written(stitch)], reference=_shards_only(reference),
+                statistics=self.root / "reference" / "reference.npz", judge=exp.evaluate.judge, device=self.device,
                 seconds={_label(exp, stage): stage.dir.result()["seconds"] for stage in _upstream(evaluates)},
             ), exp.report
 
@@ -286,6 +304,7 @@ class Plan:
         return self._stage("report", "report", "eval.report:run", evaluates, lambda: {
             "report": exp.report, "evaluate": [evaluate.dir.fingerprint for evaluate in evaluates],
             "relabel": relabel.dir.fingerprint if relabel else None,
+            "beside": find_beside(exp.report.beside) if exp.report.beside else None,
         }, content)
 
     def _stage(self, verb: str, folder: str, target: str, needs: Iterable[Stage | None],
@@ -320,6 +339,12 @@ def _checkpoint(ref: Model, where: str) -> Any:
 def _written(stage: Stage | None) -> list[str]:
     """The shards that a stage wrote."""
     return sorted(map(str, stage.path.glob("*.tar"))) if stage else []
+
+
+def _shards_only(inputs: Inputs) -> list[str]:
+    """The shards that inputs name; none where they name a folder of images."""
+    is_folder = isinstance(inputs.patterns, str) and Path(inputs.patterns).is_dir()
+    return [] if is_folder else inputs.urls
 
 
 def _upstream(stages: Iterable[Stage]) -> list[Stage]:

@@ -6,7 +6,9 @@ import pytest
 from PIL import Image
 
 from eval.config import Generate
+from eval.evaluate import read_drawn
 from eval.generate import image_path, run
+from eval.prompts import Prompt
 from recap.config import Model
 from recap.errors import UserError
 from recap.rundir import StageDir
@@ -23,7 +25,7 @@ def draw(folder: Path, models: Path, prompts: list[str] = PROMPTS, seed: int = 0
     stage = StageDir(folder, {})
     stage.begin()
     config = Generate(prompts=str(listing), batch_size=batch_size, num_inference_steps=2, seed=seed)
-    result = run(stage, Model(model=str(models / "stable-diffusion")), "train", config, "alt", "cpu")
+    result = run(stage, Model(model=str(models / "stable-diffusion-0")), "train", config, "alt", "cpu")
     assert result["num_images"] == len(prompts)
     return stage
 
@@ -40,10 +42,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory, world_models: Path) -> Stage
 def test_every_prompt_is_drawn_and_listed(whole: StageDir) -> None:
     rows = [json.loads(line) for line in (whole.path / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["prompt"] for row in rows] == [" ".join(prompt.split()) for prompt in PROMPTS]
+    assert {row["set"] for row in rows} == {"prompts"} and not any(row["about"] for row in rows)
     assert [row["index"] for row in rows] == list(range(7)) and len({row["seed"] for row in rows}) == 7
     assert [row["windows"] > 1 for row in rows] == [prompt.startswith("A ") for prompt in PROMPTS]
     assert list(contents(whole)) == [f"{index:05d}.png" for index in range(7)]
-    assert {Image.open(image_path(whole.path, index)).size for index in range(7)} == {(64, 64)}
+    assert {Image.open(image_path(whole.path, index)).size for index in range(7)} == {(32, 32)}
+
+
+def test_sets_and_what_is_said_of_prompts_are_listed(world_models: Path, tmp_path: Path) -> None:
+    about = {"asks": "a dog\u2028on a mat", "complete": True}
+    (tmp_path / "seen.jsonl").write_text(json.dumps({"prompt": "a dog", **about}) + "\n", encoding="utf-8")
+    (tmp_path / "probe.txt").write_text("a cat\n")
+    stage = StageDir(tmp_path / "alt", {})
+    stage.begin()
+    config = Generate(prompts=[str(tmp_path / "seen.jsonl"), str(tmp_path / "probe.txt")], num_inference_steps=1)
+    run(stage, Model(model=str(world_models / "stable-diffusion-0")), "train", config, "alt", "cpu")
+    assert [each.prompt for each in read_drawn(stage.path)] == [
+        Prompt("a dog", "seen", about), Prompt("a cat", "probe", {})]
 
 
 def test_resumed_equals_whole(whole: StageDir, world_models: Path, tmp_path: Path) -> None:

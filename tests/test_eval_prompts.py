@@ -1,28 +1,58 @@
+"""Prompt sets from files and shards; what is wrong with them is one line."""
+
 import json
 from pathlib import Path
 
 import pytest
 
 from eval.config import Generate
-from eval.prompts import load_prompts, prompt_inputs
+from eval.prompts import MAX_ABOUT, Prompt, load_prompts, prompt_inputs, prompt_sets
 from recap.errors import UserError
 from recap.sample import Sample
 from recap.shards import ShardWriter
 
 
-def prompts_of(path: Path, text: str, **options: object) -> list[str]:
+def texts_of(path: Path, text: str, **options: object) -> list[str]:
     path.write_text(text, encoding="utf-8")
-    return load_prompts(Generate(prompts=str(path), **options))
+    prompts = load_prompts(Generate(prompts=str(path), **options))
+    assert {prompt.set for prompt in prompts} == {path.stem}
+    return [prompt.text for prompt in prompts]
 
 
 def test_each_kind_of_file(tmp_path: Path) -> None:
-    assert prompts_of(tmp_path / "a.txt", "a cat\r\n  two\u2028 dogs \n") == ["a cat", "two dogs"]
+    assert texts_of(tmp_path / "a.txt", "a cat\r\n  two\u2028 dogs \n") == ["a cat", "two dogs"]
     table = 'Category\tPrompt\nx\t"Hello" on a sign\ny\ta cat\n'
-    assert prompts_of(tmp_path / "a.tsv", table) == ['"Hello" on a sign', "a cat"]
+    assert texts_of(tmp_path / "b.tsv", table) == ['"Hello" on a sign', "a cat"]
     lines = '{"prompt": "a cat", "tag": 1}\n{"prompt": "a dog"}'
-    assert prompts_of(tmp_path / "a.jsonl", lines) == ["a cat", "a dog"]
-    both = Generate(prompts=[str(tmp_path / "a.txt"), str(tmp_path / "a.jsonl")], num_prompts=3)
-    assert load_prompts(both) == ["a cat", "two dogs", "a cat"]
+    assert texts_of(tmp_path / "c.jsonl", lines) == ["a cat", "a dog"]
+
+
+def test_files_are_sets_and_the_limit_is_of_each(tmp_path: Path) -> None:
+    (tmp_path / "reference-short.jsonl").write_text('{"prompt": "a cat"}\n{"prompt": "a dog"}\n{"prompt": "a fox"}')
+    (tmp_path / "probe.v2.jsonl").write_text('{"prompt": "a hen"}\n{"prompt": "an owl"}')
+    (tmp_path / "z.txt").write_text("an ant\n")
+    config = Generate(prompts=[str(tmp_path / "*.jsonl"), str(tmp_path / "z.txt")], num_prompts=2)
+    assert prompt_sets(config) == ["probe.v2", "reference-short", "z"]
+    assert [(prompt.set, prompt.text) for prompt in load_prompts(config)] == [
+        ("probe.v2", "a hen"), ("probe.v2", "an owl"), ("reference-short", "a cat"), ("reference-short", "a dog"),
+        ("z", "an ant")]
+
+
+def test_what_else_a_row_says_travels_with_the_prompt(tmp_path: Path) -> None:
+    about = {"asks": "a cat\u2028on a mat", "scene": {"things": [1, None, True]}, "set": "mine"}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a cat", **about}) + '\n{"prompt": "a dog"}\n')
+    assert load_prompts(Generate(prompts=str(tmp_path / "a.jsonl"))) == [
+        Prompt("a cat", "a", about), Prompt("a dog", "a", {})]
+
+
+def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    for name in ("a.txt", "a.jsonl", "deeper/a.txt"):
+        (tmp_path / name).write_text('{"prompt": "a cat"}\n')
+    for first, second in [("a.txt", "a.jsonl"), ("a.txt", "deeper/a.txt")]:
+        with pytest.raises(UserError, match=r"generate\.prompts: .*rename one of them") as caught:
+            load_prompts(Generate(prompts=[str(tmp_path / first), str(tmp_path / second)]))
+        assert first in str(caught.value) and second in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_real_prompt_sets(shared_data: Path) -> None:
@@ -30,21 +60,26 @@ def test_real_prompt_sets(shared_data: Path) -> None:
     counts = {"PartiPrompts.tsv": 1632, "dpg_bench.jsonl": 1065, "geneval.jsonl": 553}
     for name, count in counts.items():
         assert len(load_prompts(Generate(prompts=str(folder / name)))) == count
-    assert load_prompts(Generate(prompts=str(folder / "PartiPrompts.tsv"), num_prompts=2)) == ["bond", "element"]
+    parti = Generate(prompts=str(folder / "PartiPrompts.tsv"), num_prompts=2)
+    assert load_prompts(parti) == [Prompt("bond", "PartiPrompts", {}), Prompt("element", "PartiPrompts", {})]
 
 
 @pytest.mark.parametrize(("name", "content", "says"), [
     ("a.txt", b"a cat\n\na dog\n", "line 2 of"),
     ("a.txt", b"a cat\n  \n", "line 2 of"),
-    ("a.txt", b"", "no prompts in"),
+    ("a.txt", b"", "no prompts of the set a in"),
     ("a.txt", b"caf\xe9", "not UTF-8 at byte 3"),
     ("a.tsv", b"Prompts\na cat\n", "no column Prompt"),
     ("a.tsv", b"x\tPrompt\ny\n", "line 2 of"),
     ("a.tsv", b"", "no column Prompt"),
     ("a.jsonl", b'{"prompt": "a cat"}\n{"text": "a dog"}\n', "line 2 of"),
     ("a.jsonl", b'{"prompt": 3}\n', "line 1 of"),
+    ("a.jsonl", b'["prompt"]\n', "line 1 of"),
     ("a.jsonl", b'{"prompt": "\\ud800"}\n', "line 1 of"),
+    ("a.jsonl", b'{"prompt": "a cat", "x": "\\ud800"}\n', "line 1 of"),
+    ("a.jsonl", b'{"prompt": "a cat", "x": NaN}\n', "line 1 of"),
     ("a.jsonl", b"[" * 100_000, "line 1 of"),
+    ("a.jsonl", b'{"prompt": "a cat", "x": "%s"}\n' % (b"x" * MAX_ABOUT), "line 1 of .* leave at most 16,384"),
     ("a.csv", b"a cat\n", "cannot read"),
 ])
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
@@ -55,7 +90,7 @@ def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, says: st
 
 
 def test_missing_and_mixed_inputs(tmp_path: Path) -> None:
-    for prompts, says in [([], "generate.prompts is empty"), (str(tmp_path / "no.txt"), "no file at"),
+    for prompts, says in [([], "generate.prompts is empty"), (str(tmp_path / "no.txt"), "nothing at"),
                           (str(tmp_path / "*.tar"), "check the path"), (["a.txt", "b.tar"], "mixes shards")]:
         with pytest.raises(UserError, match=says):
             load_prompts(Generate(prompts=prompts))
@@ -64,10 +99,13 @@ def test_missing_and_mixed_inputs(tmp_path: Path) -> None:
 def test_captions_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ShardWriter(str(tmp_path / "00000.tar")) as writer:
         for index, text in enumerate([b"a cat", b"", b"\xff\xfe", b"a dog"]):
-            writer.write(Sample("00000", f"{index}", {"short.txt": text, "json": json.dumps({}).encode()}))
+            writer.write(Sample("00000", f"{index}", {"short.txt": text, "rich.txt": b"a hen", "json": b"{}"}))
     config = Generate(prompts=str(tmp_path / "*.tar"), kind="short")
-    assert load_prompts(config) == ["a cat", "a dog"]
+    assert load_prompts(config) == [Prompt("a cat", "short", {}), Prompt("a dog", "short", {})]
     assert "passed over 2 samples without a usable short caption" in capsys.readouterr().err
-    assert prompt_inputs(config) == [str(tmp_path / "00000.tar")]
-    with pytest.raises(UserError, match="no prompts in"):
-        load_prompts(config.model_copy(update={"kind": "long"}))
+    assert prompt_inputs(config) == [str(tmp_path / "00000.tar")] and prompt_sets(config) == ["short"]
+    both = config.model_copy(update={"kind": ["rich", "short"], "num_prompts": 1})
+    assert load_prompts(both) == [Prompt("a hen", "rich", {}), Prompt("a cat", "short", {})]
+    for kind, says in [("long", "no prompts of the set long in"), (["short", "short"], "each caption kind once")]:
+        with pytest.raises(UserError, match=says):
+            load_prompts(config.model_copy(update={"kind": kind}))

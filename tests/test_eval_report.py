@@ -15,8 +15,10 @@ from PIL import Image
 
 from eval.config import Report
 from eval.exhibits import captions, picture, shorten
+from eval.fid import Statistics, save
 from eval.generate import image_path
 from eval.report import ReportInput, Run, run
+from eval.scores import Scores
 from recap.errors import UserError
 from recap.rundir import StageDir
 from recap.sample import Sample
@@ -33,21 +35,36 @@ def png(seed: int, size: int = 32) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(256, size=(size, size, 3), dtype=np.uint8))
 
 
-def make_run(root: Path, seed: int, arm: str, better_by: float = 0.0, prompts: int = NUM_PROMPTS) -> Run:
-    """A scored arm, as `generate` and `evaluate` leave it."""
+SETS = ["short", "probe<i>"]
+
+
+def make_run(root: Path, seed: int, arm: str, better_by: float = 0.0, prompts: int = NUM_PROMPTS,
+             judged: bool = False) -> Run:
+    """A scored arm, as `generate` and `evaluate` leave it; the last fifth of its prompts are a probe set."""
     images, evaluated = root / f"seed-{seed}/generate/{arm}", root / f"seed-{seed}/eval/{arm}"
     images.mkdir(parents=True)
     evaluated.mkdir(parents=True)
-    rows = [{"index": index, "prompt": HOSTILE[index % 6] + f" {index}"} for index in range(prompts)]
+    sets = [SETS[index >= prompts * 4 // 5] for index in range(prompts)] if judged else ["prompts"] * prompts
+    rows = [{"index": i, "prompt": f"{HOSTILE[i % 6]} {i}", "set": name} for i, name in enumerate(sets)]
     (images / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for index in range(prompts):
         png(index).save(image_path(images, index))
     noise = np.random.default_rng([seed, len(arm)]).normal(size=prompts)
     scores = (20 + np.arange(prompts) / 10 + better_by + 0.3 * noise).tolist()
-    metrics = {"fid": 40 - 5 * better_by, "clip_score": float(np.mean(scores)), "num_images": prompts,
-               "num_reference": 16, "clip_truncated": 1, "features": "timm <b>net</b>", "feature_dim": 64,
-               "clip_model": "open_clip tiny"}
-    (evaluated / "scores.json").write_text(json.dumps(scores))
+    columns: dict[str, list[float | None]] = {"clip_score": scores}
+    judge = None
+    if judged:
+        draw = np.random.default_rng(seed)
+        columns["all_right"] = [float(draw.random() < 0.4 + 0.4 * better_by) for _ in range(prompts)]
+        judge = {"name": "my <b>judge</b>", "metrics": {"all_right": "share of pictures with all that was asked"}}
+    headline = SETS[:1] if judged else ["prompts"]
+    found = Scores(sets, columns)
+    metrics = {"fid": 40 - 5 * better_by, **found.means(headline), "num_images": len(found.rows(headline)),
+               "num_reference": 16, "clip_truncated": 1, "features": "timm <b>net</b>", "feature_dim": 4,
+               "clip_model": "open_clip tiny", "judge": judge, "headline_sets": headline, "sets": found.by_set()}
+    found.save(evaluated / "scores.json")
+    features = np.random.default_rng([seed, len(arm), 7]).normal(size=(metrics["num_images"], 4)) - better_by
+    np.savez(evaluated / "features.npz", features=features.astype(np.float32), index=np.arange(len(features)))
     (evaluated / "metrics.json").write_text(json.dumps(metrics))
     return Run(seed, arm, images, evaluated)
 
@@ -139,17 +156,18 @@ def test_report_json(report: Path, content: ReportInput) -> None:
     assert {"fid", "clip_score", "num_images"} <= set(found["runs"][0]["metrics"])
     by_arm = {each["a"]: each for each in found["comparisons"]}
     assert set(by_arm) == {"base", "mix", "shuffled"} and all(each["b"] == "alt" for each in by_arm.values())
-    assert set(by_arm["mix"]) == {"a", "b", "metric", "difference", "ci", "p", "verdict"}
+    assert set(by_arm["mix"]) >= {"a", "b", "metric", "difference", "ci", "p", "verdict"}
     assert {arm: each["verdict"] for arm, each in by_arm.items()} == {
         "mix": "better", "base": "worse", "shuffled": "can't tell"}
-    assert {each["metric"] for each in found["comparisons"]} == {"clip_score"}  # no interval for an FID
-    assert found["captions"]["alt"]["num_captions"] == 7 and found["captions"]["long"]["share_over_75"] > 0
+    assert {each["metric"] for each in found["comparisons"]} == {"clip_score"}  # no reference: no FID
+    assert found["captions"]["alt-text"]["alt"]["num_captions"] == 6  # the seventh is empty
+    assert found["captions"]["relabelled"]["long"]["share_over_77"] > 0
 
 
 def test_the_words_fit_the_numbers(report: Path, content: ReportInput, tmp_path: Path) -> None:
     html = (report / "index.html").read_text(encoding="utf-8")
     assert "“mix” match their prompts better than those of “alt”" in html and "The control holds" in html
-    assert "over 40 prompts" in html and "fewer images than its 64 features" in html
+    assert "over 40 prompts" in html
     assert "2.2 h" in html and "train 2.2 h" in html and "one training seed" not in html
     alone = ReportInput(name="x", config={}, arms=["alt"], styles=[], runs=content.runs[1:2], relabelled=[])
     run(StageDir(tmp_path / "alone", {}), alone, Report())
@@ -162,7 +180,7 @@ def test_a_failing_control_and_disagreeing_measures_are_said(tmp_path: Path) -> 
     given = ReportInput(name="x", config={}, arms=["alt", "mix", "shuffled"], styles=[], runs=runs, relabelled=[])
     run(StageDir(tmp_path / "report", {}), given, Report(num_prompts=1))
     html = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    assert "The control fails" in html and "The two measures disagree." in html and "one training seed" in html
+    assert "The control fails" in html and "The measures disagree." in html and "one training seed" in html
 
 
 def test_the_table_fits_a_terminal(content: ReportInput, tmp_path: Path) -> None:
@@ -193,9 +211,69 @@ def test_thumbnails() -> None:
 
 
 def test_cards_are_picked_by_hash(content: ReportInput) -> None:
-    cards, _ = captions(content.relabelled, ["short", "long"], 3)
-    assert [card.key for card in cards] == [card.key for card in captions(content.relabelled, ["short"], 5)[0]][:3]
+    cards = captions(content.relabelled, ["short", "long"], 3)
+    assert [card.key for card in cards] == [card.key for card in captions(content.relabelled, ["short"], 5)][:3]
     assert cards[0].before and [caption.style for caption in cards[0].after] == ["short", "long"]
+
+
+# --- with a judge, prompt sets, and another result beside it ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report of three seeds with a judge's metric, a probe set, FID intervals and another run's result."""
+    root = tmp_path_factory.mktemp("judged")
+    effects = {"alt": 0.0, "mix": 1.0}
+    runs = [make_run(root, seed, arm, effect, 60, judged=True) for seed in (0, 1, 2) for arm, effect in effects.items()]
+    save(root / "reference.npz", Statistics(np.full(4, -1.0), np.eye(4), 500), {"features": "x"})
+    beside = {"schema": 1, "title": f"At length {PAYLOAD}", "command": "recap run <here>", "date": "2026-01-31",
+              "hardware": "one GPU", "extra": 1,
+              "runs": [{"seed": seed, "arm": arm, "metrics": each.metrics} for seed, arm, each in
+                       [(run.seed, run.arm, run) for run in runs]],
+              "comparisons": [{"a": "mix", "b": "alt", "metric": "all_right", "difference": 0.3, "ci": [0.2, 0.4],
+                               "p": 0.001, "verdict": "better", "num_prompts": 48}]}
+    (root / "beside.json").write_text(json.dumps(beside))
+    given = ReportInput(name="judged", config={}, arms=list(effects), styles=["short"], runs=runs,
+                        relabelled=[relabelled(root / "00000.tar")], statistics=root / "reference.npz")
+    stage = StageDir(root / "report", {})
+    run(stage, given, Report(num_prompts=4, beside=str(root / "beside.json")))
+    return stage.path
+
+
+def test_the_judges_metric_leads_and_every_measure_is_compared(judged: Path) -> None:
+    html = (judged / "index.html").read_text(encoding="utf-8")
+    assert re.search(r"match their prompts better than those of “alt”: all right \d+\.\d % against \d+\.\d %", html)
+    assert "over 48 prompts" in html and "resample prompts and training seeds" in html
+    found = json.loads((judged / "report.json").read_bytes())["comparisons"]
+    by_metric = {each["metric"]: each for each in found}
+    assert set(by_metric) == {"all_right", "clip_score", "fid"}
+    assert all(each["verdict"] == "better" and each["resampled"] == "prompts and seeds" for each in found)
+    fid = by_metric["fid"]
+    assert fid["ci"][1] < 0 and fid["ratio"] < 1 and fid["num_prompts"] == 48
+
+
+def test_probe_sets_stand_apart(judged: Path) -> None:
+    html = (judged / "index.html").read_text(encoding="utf-8")
+    assert "<em>probe&lt;i&gt;</em>" in html and "By the kind of prompt" in html
+    assert "my &lt;b&gt;judge&lt;/b&gt;" in html
+
+
+def test_another_result_is_shown_beside_and_escaped(judged: Path, tmp_path: Path) -> None:
+    html = (judged / "index.html").read_text(encoding="utf-8")
+    assert "At length &lt;img" in html and "recap run &lt;here&gt;" in html and "+20.0 to +40.0" in html
+    assert not {tag for tag, _ in Page(html).elements} & {"script", "here"}
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "is not the result of a run"), ('{"schema": 2, "runs": []}', "schema"), ("[]", "is not the result"),
+    ('{"schema": 1, "runs": [{"arm": "alt"}]}', "metrics"),
+])
+def test_what_is_no_result_is_refused(text: str, message: str, tmp_path: Path, content: ReportInput) -> None:
+    (tmp_path / "beside.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        run(StageDir(tmp_path / "report", {}), content, Report(beside=str(tmp_path / "beside.json")))
+    with pytest.raises(UserError, match="no file at"):
+        run(StageDir(tmp_path / "report", {}), content, Report(beside=str(tmp_path / "none.json")))
 
 
 # --- in a browser --------------------------------------------------------------------------------------------------

@@ -40,7 +40,8 @@ def test_draws_are_seeded_and_equal_scores_tell_nothing() -> None:
     a, b = np.random.default_rng(3).normal(size=(2, 50))
     assert paired_difference(a, b, seed=5) == paired_difference(a, b, seed=5)
     same = paired_difference(a, a, seed=0)
-    assert same == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0, "verdict": "can't tell"}
+    assert same == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0, "verdict": "can't tell", "num_prompts": 50,
+                    "resampled": "prompts"}
     assert paired_difference([1.0], [0.0], seed=0)["verdict"] == "can't tell"
 
 
@@ -49,7 +50,23 @@ def test_many_prompts_fit_into_memory() -> None:
     assert paired_difference(a + 1, a, seed=0, num_resamples=200)["verdict"] == "better"
 
 
-@pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([float("nan")], [1.0]), ([[1.0]], [[1.0]])])
+@pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([float("nan")], [1.0]), ([[[1.0]]], [[[1.0]]])])
 def test_what_is_not_paired_is_refused(a: list[float], b: list[float]) -> None:
     with pytest.raises(ValueError, match="paired scores"):
         paired_difference(a, b, seed=0)
+
+
+def test_seeds_are_resampled_from_three_on() -> None:
+    rng = np.random.default_rng(3)
+    prompts = rng.normal(size=300)
+    shifts = np.array([-1.0, 0.0, 1.0])[:, None]  # training anew moves this arm by far more than prompts do
+    a, b = prompts + 0.2 + shifts, np.tile(prompts, (3, 1))
+    wide, narrow = paired_difference(a, b, 0), paired_difference(a[:2], b[:2], 0)
+    assert wide["resampled"] == "prompts and seeds" and narrow["resampled"] == "prompts"
+    assert wide["verdict"] == "can't tell" and np.ptp(wide["ci"]) > 10 * np.ptp(narrow["ci"])
+
+
+def test_prompts_without_a_score_are_passed_over() -> None:
+    a = np.array([[1.0, np.nan, 3.0, np.nan], [1.0, 2.0, np.nan, np.nan]])
+    found = paired_difference(a, np.zeros((2, 4)), 0)
+    assert found["num_prompts"] == 3 and found["difference"] == 2.0

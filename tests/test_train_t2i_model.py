@@ -19,7 +19,7 @@ SENTENCE = "A red circle lies to the left of a small blue ring, under a grey sky
 
 @pytest.fixture(scope="module")
 def model(world_models: Path) -> Diffusion:
-    config = Train(model=str(world_models / "stable-diffusion"), resolution=64)
+    config = Train(model=str(world_models / "stable-diffusion-0"), resolution=64)
     return Diffusion(load_pipeline(config, "train", "cpu"), config)
 
 
@@ -51,7 +51,7 @@ def test_a_word_in_the_third_window_changes_the_loss_and_gets_a_gradient(model: 
 
 
 def test_a_frozen_text_encoder_gets_no_gradient_and_the_vae_never(world_models: Path) -> None:
-    config = Train(model=str(world_models / "stable-diffusion"), resolution=64, train_text_encoder=False)
+    config = Train(model=str(world_models / "stable-diffusion-0"), resolution=64, train_text_encoder=False)
     model = Diffusion(load_pipeline(config, "train", "cpu"), config)
     model(batch("a cat")).sum().backward()
     assert all(p.grad is None for p in (*model.text_encoder.parameters(), *model.vae.parameters()))
@@ -59,7 +59,7 @@ def test_a_frozen_text_encoder_gets_no_gradient_and_the_vae_never(world_models: 
 
 
 def test_a_resolution_that_the_models_cannot_take_is_one_clear_line(world_models: Path) -> None:
-    config = Train(model=str(world_models / "stable-diffusion"), resolution=60)
+    config = Train(model=str(world_models / "stable-diffusion-0"), resolution=60)
     with pytest.raises(UserError, match=r"train\.resolution: 60 is not a multiple of 8"):
         Diffusion(load_pipeline(config, "train", "cpu"), config)
 

@@ -15,7 +15,7 @@ LONG = "A red circle lies to the left of a small blue ring, under a grey sky. " 
 
 @pytest.fixture(scope="module")
 def pipe(world_models: Path) -> StableDiffusionPipeline:
-    return load_pipeline(Model(model=str(world_models / "stable-diffusion")), "train", "cpu")
+    return load_pipeline(Model(model=str(world_models / "stable-diffusion-0")), "train", "cpu")
 
 
 @pytest.mark.parametrize("text", ["", "a red circle", "circle " * 75, "Ünïcödé, 🎨 & <|tags|>!"])

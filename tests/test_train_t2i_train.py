@@ -16,7 +16,7 @@ ARM = Arm(captions={"alt": 1, "exact": 1})
 
 
 def config(models: Path, **changes: object) -> Train:
-    return Train(model=str(models / "stable-diffusion"), resolution=32, steps=5, batch_size=4, lr=1e-3,
+    return Train(model=str(models / "stable-diffusion-0"), resolution=32, steps=5, batch_size=4, lr=1e-3,
                  checkpoint_every=2, **changes)
 
 
@@ -59,8 +59,8 @@ def test_unet_and_text_encoder_both_change_and_the_vae_does_not(world_models: Pa
                                                                 tmp_path: Path) -> None:
     after = trained(tmp_path, world_shards, config(world_models))
     for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
-        before = load_file(world_models / "stable-diffusion" / part / f"{file}.safetensors")
+        before = load_file(world_models / "stable-diffusion-0" / part / f"{file}.safetensors")
         assert any(not torch.equal(after[f"{part}.{name}"], tensor) for name, tensor in before.items())
     vae = "vae/diffusion_pytorch_model.safetensors"
-    before, now = load_file(world_models / "stable-diffusion" / vae), load_file(tmp_path / "pipeline" / vae)
+    before, now = load_file(world_models / "stable-diffusion-0" / vae), load_file(tmp_path / "pipeline" / vae)
     assert all(torch.equal(before[name], now[name]) for name in before)

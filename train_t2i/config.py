@@ -16,6 +16,8 @@ class Arm(Table):
     Empty: not trained, the base itself."""
     shuffled: bool = False
     """Give each image another image's captions: the control that must not help."""
+    guidance_scale: float | None = Field(None, ge=0)
+    """This arm's own, instead of `generate.guidance_scale`: chosen on validation prompts."""
 
 
 DEFAULT_ARMS = {

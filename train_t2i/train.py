@@ -36,7 +36,7 @@ def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, 
     pipe = load_pipeline(config, "train", str(accelerator.device))
     model = Diffusion(pipe, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
     ema, stream = EMA(model, config.ema_decay), Stream(shards, arm, config, seed)
     start = _resume(stage.path, model, optimizer, ema, stream)
     ddp, optimizer = accelerator.prepare(model, optimizer)

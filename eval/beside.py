@@ -1,0 +1,99 @@
+"""The committed result of another run, to show beside this one: its `report.json`, with a few words added by hand.
+
+    {"schema": 1, "title": "…", "command": "…", "date": "2026-01-31", "hardware": "…", "runs": […], "comparisons": […]}
+
+`title`, `command`, `date` and `hardware` may be missing; `runs` and `comparisons` are as `recap report` writes them,
+and whatever else is there is passed over.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
+
+from eval.comparisons import Findings, summarize
+from eval.measures import measures_of
+from recap.errors import UserError
+from recap.shards import identity
+
+WHERE = "report.beside"
+MAX_BYTES = 20_000_000
+_Text = Annotated[str, Field(max_length=2000)]
+
+
+def _numbers(metrics: Any) -> Any:
+    """Metrics without what is no number; their `judge` is kept, as it names them."""
+    if not isinstance(metrics, dict):
+        return metrics
+    return {key: value for key, value in metrics.items() if key == "judge" or value is None
+            or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class BesideRun(_Part):
+    """One arm of one seed."""
+
+    seed: int = 0
+    arm: _Text
+    metrics: Annotated[dict[str, Any], BeforeValidator(_numbers)]
+
+
+class BesideComparison(_Part):
+    a: _Text
+    b: _Text
+    metric: _Text
+    difference: FiniteFloat
+    ci: tuple[FiniteFloat, FiniteFloat] | None = None
+    ratio: FiniteFloat | None = None
+    ratio_ci: tuple[FiniteFloat, FiniteFloat] | None = None
+    p: FiniteFloat | None = None
+    verdict: _Text = "can't tell"
+    note: _Text | None = None
+    num_prompts: int | None = None
+
+
+class Beside(_Part):
+    """What another run found."""
+
+    version: Literal[1] = Field(alias="schema")
+    title: _Text | None = None
+    command: _Text | None = None
+    date: _Text | None = None
+    hardware: _Text | None = None
+    runs: list[BesideRun] = Field(min_length=1)
+    comparisons: list[BesideComparison] = []
+
+    def findings(self) -> Findings:
+        """The same as of this run: means over seeds, and comparisons."""
+        arms = list(dict.fromkeys(run.arm for run in self.runs))
+        return Findings(arms, measures_of(self.runs[0].metrics), summarize(arms, self.runs),
+                        [each.model_dump() for each in self.comparisons])
+
+
+def find_beside(path: str) -> list[Any]:
+    """The identity of the file, for fingerprints; `UserError` where it is not there."""
+    if not Path(path).is_file():
+        raise UserError(f"{WHERE}: no file at {path}: check the path")
+    return identity(path)
+
+
+def read_beside(path: str) -> Beside:
+    """Read and check it whole.
+
+    Raises:
+        UserError: it is not there, or not of this form; the first thing wrong is named.
+    """
+    find_beside(path)
+    if Path(path).stat().st_size > MAX_BYTES:
+        raise UserError(f"{WHERE}: {path} is larger than {MAX_BYTES:,} bytes: give a report.json")
+    try:
+        return Beside.model_validate_json(Path(path).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        raise UserError(f"{WHERE}: {path} is not the result of a run ({place}: {first['msg'][:200]}): give a "
+                        "report.json of schema 1") from None

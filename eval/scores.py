@@ -1,0 +1,71 @@
+"""A value of every metric for every prompt: `scores.json`, and the means over prompt sets."""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recap.errors import UserError
+from recap.shards import write_json
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One row a prompt, in the order of `prompts.jsonl`."""
+
+    sets: list[str]
+    """The prompt set of each."""
+    columns: dict[str, list[float | None]]
+    """Metric → its value for each prompt; None where the prompt asks nothing of that kind."""
+
+    def rows(self, sets: list[str]) -> np.ndarray:
+        """Indices of the prompts of these sets, in order."""
+        return np.array([index for index, name in enumerate(self.sets) if name in sets], dtype=np.int64)
+
+    def values(self, metric: str, sets: list[str]) -> np.ndarray:
+        """Values of one metric, (N,) float64, over the prompts of these sets; NaN for None."""
+        return np.array(self.columns[metric], dtype=np.float64)[self.rows(sets)]
+
+    def means(self, sets: list[str]) -> dict[str, float]:
+        """Metric → its mean over the prompts of these sets that have a value; without the metrics that none has."""
+        found = {metric: values[~np.isnan(values)] for metric in self.columns
+                 for values in [self.values(metric, sets)]}
+        return {metric: float(values.mean()) for metric, values in found.items() if values.size}
+
+    def by_set(self) -> dict[str, dict[str, Any]]:
+        """Set → `num_images`, and `means`."""
+        return {name: {"num_images": self.sets.count(name), **self.means([name])} for name in dict.fromkeys(self.sets)}
+
+    def save(self, path: Path) -> None:
+        write_json(str(path), {"schema": SCHEMA, "sets": self.sets, **self.columns})
+
+    @classmethod
+    def load(cls, path: Path) -> "Scores":
+        """Read what `save` wrote. `ValueError` or `OSError` for anything else."""
+        found = json.loads(path.read_bytes())
+        if not isinstance(found, dict) or found.pop("schema", None) != SCHEMA:
+            raise ValueError(f"not of schema {SCHEMA}")
+        sets = found.pop("sets", None)
+        if not isinstance(sets, list) or any(not isinstance(column, list) or len(column) != len(sets)
+                                             for column in found.values()):
+            raise ValueError("columns of unequal length")
+        return cls(sets, found)
+
+
+def headline_sets(wanted: list[str] | None, known: list[str]) -> list[str]:
+    """The sets of the headline figures, in the order of the prompts: those wanted, by default all.
+
+    Raises:
+        UserError: there is no set of such a name.
+    """
+    for name in wanted or []:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the sets are {', '.join(dict.fromkeys(known))}"
+            raise UserError(f"evaluate.sets: no prompt set {name!r} in generate.prompts: {hint}")
+    return [name for name in dict.fromkeys(known) if wanted is None or name in wanted]

@@ -1,0 +1,60 @@
+"""Intervals of FID differences: they cover, they are blind to nothing, and they are not given where they would lie."""
+
+import numpy as np
+import pytest
+
+from eval.fid import Statistics, distance_to, frechet_distance, statistics
+from eval.fid_difference import Fids, fid_difference, resample_fid, why_no_interval
+
+DIM, NUM = 8, 200
+
+
+def features(mean: float, seed: int, num: int = NUM) -> np.ndarray:
+    return np.random.default_rng(seed).normal(mean, 1, size=(num, DIM))
+
+
+REFERENCE = Statistics(np.zeros(DIM), np.eye(DIM), 100_000)
+
+
+def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, object]:
+    return fid_difference([resample_fid(a, REFERENCE, seed)], [resample_fid(b, REFERENCE, seed)], seed)
+
+
+def test_the_quick_distance_is_the_distance() -> None:
+    found = statistics(features(0.3, 1))
+    assert distance_to(REFERENCE)(found) == pytest.approx(frechet_distance(found, REFERENCE), rel=1e-9)
+
+
+def test_intervals_cover_the_true_difference_and_ratio() -> None:
+    true = [DIM * mean ** 2 for mean in (0.5, 0.7)]  # Gaussians of unit variance: the squared distance of the means
+    hits = ratios = 0
+    for trial in range(60):
+        found = difference(features(0.5, 2 * trial), features(0.7, 2 * trial + 1), trial)
+        low, high = found["ci"]
+        hits += low <= true[0] - true[1] <= high
+        low, high = found["ratio_ci"]
+        ratios += low <= true[0] / true[1] <= high
+        assert found["verdict"] == "better"
+    assert hits >= 53 and ratios >= 53
+
+
+def test_equal_arms_are_rarely_told_apart() -> None:
+    verdicts = [difference(features(0.5, 2 * trial), features(0.5, 2 * trial + 1), trial)["verdict"]
+                for trial in range(60)]
+    assert verdicts.count("can't tell") >= 54
+
+
+def test_seeds_widen_the_interval() -> None:
+    rng = np.random.default_rng(0)
+    def arm(mean: float, scatter: float) -> list[Fids]:
+        return [resample_fid(features(mean + shift, 100 + index), REFERENCE, 0, 100)
+                for index, shift in enumerate(rng.normal(0, scatter, size=5))]
+    calm, wild = fid_difference(arm(0.5, 0), arm(0.6, 0), 0), fid_difference(arm(0.5, 0.2), arm(0.6, 0.2), 0)
+    assert np.ptp(wild["ci"]) > 2 * np.ptp(calm["ci"])
+    assert calm["resampled"] == "prompts and seeds"
+
+
+def test_where_no_interval_is_given() -> None:
+    assert why_no_interval(2000, 64) is None
+    assert "too long" in str(why_no_interval(50_000, 2048))
+    assert "too few" in str(why_no_interval(100, 64))
