@@ -28,19 +28,19 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def world_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Randomly initialised tiny checkpoints: blip2, stable-diffusion, detr, clip, features."""
-    from recap.world.init import init
+    """Randomly initialised tiny checkpoints: blip2, stable-diffusion-0, detr, clip, features, reader, …"""
+    from recap.world.init import init_untrained
     out = tmp_path_factory.mktemp("world") / "models"
-    init(out, size=64, seed=0)
+    init_untrained(out)
     return out
 
 
 @pytest.fixture(scope="session")
 def world_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn scenes: train/*.tar (48 images), eval/*.tar (16), prompts.txt."""
+    """Drawn scenes: train/*.tar (48 images), evaluation/*.tar (16), prompts/evaluation/*.jsonl (16 and some cut)."""
     from recap.world.draw import draw
     out = tmp_path_factory.mktemp("world") / "shards"
-    draw(out, num_images=48, num_eval=16, size=64, seed=0)
+    draw(out, num_train=48, num_tuning=8, num_validation=0, num_evaluation=16, shard_size=64)
     return out
 
 

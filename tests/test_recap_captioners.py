@@ -123,7 +123,7 @@ def test_only_the_language_models_adapter_is_trained(world_models: Path) -> None
     captioner = opened(world_models)
     captioner.add_adapter(Finetune(lora_rank=4))
     assert all("language_model" in name and "lora" in name for name in captioner.trainable())
-    assert len(captioner.trainable()) == 2 * 2 * 2  # A and B, of q and v, in two layers
+    assert len(captioner.trainable()) == 2 * 2 * 3  # A and B, of q and v, in three layers
 
 
 def test_a_saved_adapter_gives_the_same_captions_and_opens_in_peft(tuned: Blip2, world_models: Path,

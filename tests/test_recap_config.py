@@ -37,6 +37,13 @@ def test_the_file_overrides_defaults_and_the_command_line_the_file(tmp_path: Pat
      "unknown key styles.short.promt: did you mean styles.short.prompt?"),
     ("", ("evaluate.features.modell=x",),
      "unknown key evaluate.features.modell: did you mean evaluate.features.model?"),
+    ("", ("evaluate.judge.modle=x", "evaluate.judge.target=a:B", "evaluate.judge.model=x"),
+     "unknown key evaluate.judge.modle: did you mean evaluate.judge.model?"),
+    ("", ("evaluate.judge.target=a:B",), "evaluate.judge.model is missing"),
+    ("", ("evaluate.sets=[]",), "evaluate.sets: List should have at least 1 item"),
+    ("", ("arm.mix.guidance=4",), "unknown key arm.mix.guidance: did you mean arm.mix.guidance_scale?"),
+    ("", ("arm.mix.guidance_scale=-1",), "arm.mix.guidance_scale: Input should be greater than or equal to 0"),
+    ("", ("arm=3",), "arm: Input should be a valid dictionary"),
     ("", ("train.lr=fast",), "train.lr: Input should be a valid number"),
     ("", ("train.steps=0",), "train.steps: Input should be greater than or equal to 1"),
     ("", ('arms=["mixx"]',), "arms: no arm 'mixx': did you mean mix?"),
@@ -60,6 +67,12 @@ def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
 def test_arms_of_ones_own_stand_beside_the_usual_ones(tmp_path: Path) -> None:
     exp = loaded(tmp_path, 'arms = ["half", "alt"]\n[arm.half]\ncaptions = { alt = 1, long = 1 }')
     assert exp.arm["half"].captions == {"alt": 1, "long": 1} and "oracle" in exp.arm
+
+
+def test_a_table_of_a_usual_arm_changes_only_what_it_sets(tmp_path: Path) -> None:
+    arms = loaded(tmp_path, "[arm.mix]\nguidance_scale = 4\n[arm.alt]\ncaptions = { txt = 1 }").arm
+    assert (arms["mix"].captions, arms["mix"].guidance_scale) == ({"short": 1, "long": 1}, 4)
+    assert (arms["alt"].captions, arms["alt"].guidance_scale) == ({"txt": 1}, None)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

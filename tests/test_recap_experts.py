@@ -29,7 +29,7 @@ def scene(index: int, width: int, height: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def detr(world_models: Path) -> Expert:
-    # Untrained, it is sure of nothing: at threshold 0 it reports all of its 12 queries.
+    # Untrained, it is sure of nothing: at threshold 0 it reports all of its 10 queries.
     return DetrExpert(Stitch(detr=Detr(model=str(world_models / "detr"), threshold=0.0)), "cpu")
 
 
@@ -46,7 +46,7 @@ def test_boxes_are_in_pixels_of_the_image_given(detr: DetrExpert) -> None:
     top, bottom = (y - height / 2) * 120, (y + height / 2) * 120
     expected = torch.stack([left, top, right, bottom], dim=1)
     found = torch.tensor([thing.box for thing in facts.objects])
-    assert len(found) == 12
+    assert len(found) == 10
     assert torch.cdist(found, expected).min(dim=1).values.max() < 0.05
     assert found[:, 2].max() > 120  # beyond the height: not in the pixels of the resized square
 
@@ -75,8 +75,8 @@ def test_a_batch_gives_what_single_images_give(detr: DetrExpert) -> None:
 def test_odd_images_cost_at_most_their_facts(detr: DetrExpert, size: tuple[int, int]) -> None:
     normal = scene(5, 64, 64)
     odd, facts = detr.look([Image.new("RGB", size), normal], ["", ""])
-    assert len(facts.objects) == 12
-    assert len(odd.objects) == (0 if max(size) > 50 * min(size) else 12)
+    assert len(facts.objects) == 10
+    assert len(odd.objects) == (0 if max(size) > 50 * min(size) else 10)
 
 
 def test_the_threshold_decides_and_the_surest_comes_first(detr: DetrExpert, world_models: Path) -> None:

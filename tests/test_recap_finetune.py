@@ -26,7 +26,7 @@ def stitched(world_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> li
     path = tmp_path_factory.mktemp("stitched") / "00000.tar"
     rejects: list[Reject] = []
     with ShardWriter(str(path)) as writer:
-        for sample in list(read_shard(str(world_shards / "eval" / "00000.tar"), rejects))[:6]:
+        for sample in list(read_shard(str(world_shards / "evaluation" / "00000.tar"), rejects))[:6]:
             exact = sample.members["exact.txt"]
             sample.members |= {"long.txt": exact, "short.txt": b" ".join(exact.split()[:5])}
             writer.write(sample)
@@ -101,7 +101,7 @@ def test_every_style_of_every_image_is_a_pair_and_long_captions_are_cut_and_coun
 def test_shards_without_styled_captions_are_one_clear_line(world_shards: Path, world_models: Path,
                                                            tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stitch them first"):
-        tuned(tmp_path, [str(world_shards / "eval" / "00000.tar")], world_models)
+        tuned(tmp_path, [str(world_shards / "evaluation" / "00000.tar")], world_models)
 
 
 def test_a_target_that_no_layer_has_is_one_clear_line(stitched: list[str], world_models: Path, tmp_path: Path) -> None:

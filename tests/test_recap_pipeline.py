@@ -9,21 +9,28 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import recap
 
+from recap.config import validate
+from recap.errors import UserError
+from recap.pipeline import Experiment, Plan
+
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.toml"
 QUICK = ["finetune.steps=6", "finetune.checkpoint_every=2", "train.steps=6", "train.checkpoint_every=2",
-         "generate.num_prompts=6", "generate.num_inference_steps=2", "generate.batch_size=3", "stitch.num_images=8",
+         "generate.num_prompts=2", "generate.num_inference_steps=2", "generate.batch_size=3", "stitch.num_images=8",
          "relabel.batch_size=8", 'arms=["base", "alt", "mix"]']
 
 
 def settings(models: Path, shards: Path, runs: Path) -> list[str]:
     """Overrides that point configs/tiny.toml at the tests' checkpoints and shards."""
-    return [*QUICK, f"runs={runs}", f"data.shards={shards}/train/*.tar", f"generate.prompts={shards}/prompts.txt",
-            f"evaluate.reference={shards}/eval/*.tar", f"stitch.detr.model={models}/detr",
-            f"captioner.model={models}/blip2", f"train.model={models}/stable-diffusion",
+    return [*QUICK, f"runs={runs}", f"data.shards={shards}/train/*.tar", f"stitch.shards={shards}/tuning/*.tar",
+            f"generate.prompts={shards}/prompts/evaluation/*.jsonl",
+            f"evaluate.reference={shards}/evaluation/*.tar", f"evaluate.judge.model={models}/reader",
+            "stitch.detr.threshold=0.02", f"stitch.detr.model={models}/detr",
+            f"captioner.model={models}/blip2", f"train.model={models}/stable-diffusion-0",
             f"evaluate.features.model=local-dir:{models}/features",
             f"evaluate.clip_score.model=local-dir:{models}/clip"]
 
@@ -104,7 +111,7 @@ def test_stock_webdataset_reads_the_relabelled_shards(finished: Path) -> None:
     shards = sorted(str(path) for path in (finished / "relabel").glob("*.tar"))
     samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil"))
     assert len(samples) == 48
-    assert all(isinstance(sample["short.txt"], str) and sample["png"].size == (64, 64) for sample in samples)
+    assert all(isinstance(sample["short.txt"], str) and sample["png"].size == (32, 32) for sample in samples)
     assert samples[0]["recap.json"]["schema"] == 1
 
 
@@ -119,7 +126,7 @@ def test_stock_datasets_reads_the_relabelled_shards(finished: Path, tmp_path: Pa
 def test_stock_diffusers_draws_with_a_trained_arm(finished: Path) -> None:
     from diffusers import StableDiffusionPipeline
     pipe = StableDiffusionPipeline.from_pretrained(finished / "seed-0" / "train" / "mix" / "pipeline")
-    assert pipe("a red circle", num_inference_steps=2).images[0].size == (64, 64)
+    assert pipe("a red circle", num_inference_steps=2).images[0].size == (32, 32)
 
 
 def test_stock_peft_opens_the_adapter(finished: Path, world_models: Path) -> None:
@@ -136,7 +143,7 @@ def test_arms_differ_in_nothing_but_captions(finished: Path) -> None:
 
 
 RESULTS = ("relabel/*.tar", "relabel/*_stats.json", "captioner/adapter/*", "seed-0/train/*/pipeline/**/*.safetensors",
-           "seed-0/generate/*/*.png", "seed-0/eval/*/*.json", "reference/reference.npz")
+           "seed-0/generate/*/*.png", "seed-0/eval/*/*.json", "seed-0/eval/*/*.npz", "reference/reference.npz")
 VOLATILE = ("done.json",)  # holds how long the stage took
 
 
@@ -180,3 +187,73 @@ def _wait_for_a_stage(process: "subprocess.Popen[bytes]", run: Path, waiting: li
                 return stage
         time.sleep(0.02)
     return None
+
+
+# --- fingerprints: what a stage reads, and nothing else --------------------------------------------------------------
+
+
+def plan(folder: Path, **tables: dict[str, Any]) -> Plan:
+    """Of an experiment with shards for training and two prompt sets, none of whose checkpoints is local."""
+    (folder / "prompts").mkdir(exist_ok=True)
+    for name in ("prompts/seen.jsonl", "prompts/probe.jsonl", "00000.tar", "reference.tar"):
+        if not (folder / name).exists():  # fingerprints cover times
+            (folder / name).touch()
+    content = {"name": "mine", "runs": str(folder / "runs"), "device": "cpu", "arms": ["alt", "mix"],
+               "train": {"shards": str(folder / "00000.tar")}, "arm": tables.get("arm", {}),
+               "generate": {"prompts": str(folder / "prompts" / "*.jsonl")} | tables.get("generate", {}),
+               "evaluate": {"reference": str(folder / "reference.tar")} | tables.get("evaluate", {}),
+               "report": tables.get("report", {})}
+    return Plan(validate(content, Experiment, "mine.toml"))
+
+
+def fingerprints(found: Plan) -> dict[str, str]:
+    return {str(stage.path.relative_to(found.root)): stage.dir.fingerprint for stage in found.stages()}
+
+
+def changed(before: dict[str, str], after: Plan) -> set[str]:
+    now = fingerprints(after)
+    return {stage for stage, fingerprint in before.items() if now[stage] != fingerprint}
+
+
+def test_an_arms_guidance_is_of_its_pictures_and_not_of_its_training(tmp_path: Path) -> None:
+    after = plan(tmp_path, arm={"mix": {"guidance_scale": 4}})
+    assert changed(fingerprints(plan(tmp_path)), after) == {"seed-0/generate/mix", "seed-0/eval/mix", "report"}
+    scales = {stage.path.name: stage.reads()["generate"].guidance_scale for stage in after.stages()
+              if stage.verb == "generate"}
+    assert scales == {"alt": 7.5, "mix": 4}
+
+
+def test_headline_sets_and_judge_are_of_the_evaluation(tmp_path: Path) -> None:
+    judge = {"target": "json:JSONDecoder", "model": str(tmp_path / "judge")}
+    (tmp_path / "judge").mkdir()
+    evaluations = {"seed-0/eval/alt", "seed-0/eval/mix", "report"}
+    before = fingerprints(plan(tmp_path))
+    assert changed(before, plan(tmp_path, evaluate={"sets": ["seen"]})) == evaluations
+    assert changed(before, plan(tmp_path, evaluate={"judge": judge})) == evaluations
+    before = fingerprints(plan(tmp_path, evaluate={"judge": judge}))
+    (tmp_path / "judge" / "weights").write_text("other")
+    assert changed(before, plan(tmp_path, evaluate={"judge": judge})) == evaluations
+
+
+def test_a_result_beside_is_of_the_report(tmp_path: Path) -> None:
+    beside = {"beside": str(tmp_path / "other.json")}
+    (tmp_path / "other.json").write_text("{}")
+    before = fingerprints(plan(tmp_path, report=beside))
+    (tmp_path / "other.json").write_text('{"schema": 1}')
+    assert changed(before, plan(tmp_path, report=beside)) == {"report"}
+
+
+@pytest.mark.parametrize(("tables", "says"), [
+    ({"evaluate": {"sets": ["sene"]}}, "evaluate.sets: no prompt set 'sene' in generate.prompts: did you mean seen?"),
+    ({"evaluate": {"judge": {"target": "no_such_module:Judge", "model": "."}}}, "evaluate.judge.target: no module"),
+    ({"evaluate": {"judge": {"target": "json:JSONDecoder", "model": "no-such"}}}, "evaluate.judge.model: no folder at"),
+    ({"generate": {"prompts": ["{folder}/prompts/seen.jsonl", "{folder}/seen.txt"]}}, "rename one of them"),
+    ({"report": {"beside": "no-such.json"}}, "report.beside: no file at no-such.json"),
+])
+def test_what_later_stages_miss_is_said_before_the_first(tmp_path: Path, tables: dict[str, Any], says: str) -> None:
+    (tmp_path / "seen.txt").write_text("a cat\n")
+    if "generate" in tables:
+        tables = {"generate": {"prompts": [path.format(folder=tmp_path) for path in tables["generate"]["prompts"]]}}
+    with pytest.raises(UserError) as caught:
+        fingerprints(plan(tmp_path, **tables))
+    assert says in str(caught.value) and "\n" not in str(caught.value)

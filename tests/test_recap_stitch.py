@@ -41,7 +41,7 @@ def stitch(world_models: Path) -> Stitching:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two shards, of 64 and 16 images."""
     out = tmp_path_factory.mktemp("stitch")
-    draw(out, num_images=80, size=32, seed=0, num_eval=1)
+    draw(out, num_train=80, num_tuning=0, num_validation=0, num_evaluation=0, shard_size=64)
     return sorted((out / "train").glob("*.tar"))
 
 
@@ -75,8 +75,8 @@ def test_members_stay_as_they_were_and_captions_follow(stitch: Stitching, shards
         before, after = read(shard), read(tmp_path / shard.name)
         assert [sample.key for sample in after] == [sample.key for sample in before]
         for old, new in zip(before, after, strict=True):
-            assert list(new.members.items())[:4] == list(old.members.items())
-            assert list(new.members)[4:] == ["short.txt", "long.txt", "rich.txt", "facts.json"]
+            assert list(new.members.items())[:5] == list(old.members.items())
+            assert list(new.members)[5:] == ["short.txt", "long.txt", "rich.txt", "facts.json"]
             assert all(new.caption(style) for style in STYLES)
             facts = json.loads(new.members["facts.json"])
             assert (facts["width"], facts["height"]) == (32, 32)

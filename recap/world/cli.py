@@ -1,9 +1,12 @@
 """`recap world …`: the embedded default, drawn and initialised where no hub can be reached."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 app = typer.Typer(help="The embedded default: a drawn world and tiny checkpoints.", no_args_is_help=True)
 
@@ -15,20 +18,87 @@ Seed = Annotated[int, typer.Option(help="Seed of all that is drawn by lot.")]
 @app.command()
 def draw(
     out: Out,
-    num_images: Annotated[int, typer.Option(help="Images to train on, 64 a shard.")] = 256,
-    num_eval: Annotated[int, typer.Option(help="Held-out images.")] = 64,
-    size: Size = 64,
+    num_train: Annotated[int, typer.Option(help="Images to relabel, and to train the arms on.")] = 2000,
+    num_tuning: Annotated[int, typer.Option(help="Images to stitch captions of.")] = 150,
+    num_validation: Annotated[int, typer.Option(help="Held-out images to choose settings by.")] = 200,
+    num_evaluation: Annotated[int, typer.Option(help="Held-out images to report on; as many prompts.")] = 2000,
+    num_base: Annotated[int, typer.Option(help="Images that only the base model is trained on.")] = 0,
+    size: Size = 32,
     seed: Seed = 0,
+    shard_size: Annotated[int, typer.Option(help="Samples a shard.")] = 250,
 ) -> None:
     """Draw webdataset shards of scenes with bad alt-text and exact descriptions, and prompts."""
     from recap.world.draw import draw as run
 
-    run(out, num_images, size, seed, num_eval)
+    run(out, num_train, num_tuning, num_validation, num_evaluation, num_base, size, seed, shard_size)
 
 
 @app.command()
-def init(out: Out, size: Size = 64, seed: Seed = 0) -> None:
-    """Write tiny, randomly initialised checkpoints: BLIP-2, Stable Diffusion, DETR, CLIP and a feature network."""
-    from recap.world.init import init as run
+def init(
+    out: Out,
+    untrained: Annotated[bool, typer.Option("--untrained", help="Random weights: where training begins.")] = False,
+    size: Size = 32,
+    seed: Seed = 0,
+) -> None:
+    """Write the tiny checkpoints: BLIP-2, Stable Diffusion, DETR, CLIP, a feature network, and the reader."""
+    from recap.world.init import init as write_trained
+    from recap.world.init import init_untrained
 
-    run(out, size, seed)
+    if untrained:
+        init_untrained(out, size, seed)
+    else:
+        write_trained(out)
+
+
+@app.command()
+def train_base(
+    out: Out,
+    part: Annotated[list[str] | None, typer.Option(help="Only this part; may be given again. By default all.")] = None,
+    ship: Annotated[bool, typer.Option("--ship", help="Then copy all parts into this package.")] = False,
+) -> None:
+    """Train the tiny checkpoints, one part after another: hours on two cores. To resume, run the same again."""
+    from recap.world import base
+
+    base.train_base(out, part or base.PARTS)
+    if ship:
+        base.ship(out)
+
+
+@app.command()
+def check(
+    models: Annotated[Path, typer.Option(help="What `recap world init` wrote.")] = Path("runs/world/models"),
+    shards: Annotated[Path, typer.Option(help="What `recap world draw` wrote.")] = Path("runs/world/shards"),
+    run: Annotated[Path, typer.Option(help="A finished run on them, whose captions are judged.")] = Path("runs/tiny"),
+    claim: Annotated[Path, typer.Option(help="The result that has the alt arm's FID.")] = Path("configs/claim.json"),
+) -> None:
+    """Measure whether the instrument is sound: reader, VAE, expert and captioner. Exit status 1 if a gate fails."""
+    from eval.config import Features
+    from eval.features import features, open_network
+    from eval.fid import frechet_distance, statistics
+    from recap.world.check import check as measure
+
+    network = open_network(Features(model=f"local-dir:{models / 'features'}"), "features", "cpu")
+
+    def fid(pictures: "list[Image.Image]", others: "list[Image.Image]") -> float:
+        return frechet_distance(*(statistics(features(each, network, 64)) for each in (pictures, others)))
+
+    gates = measure(models, shards, run, claim, fid)
+    raise typer.Exit(0 if all(gate.holds for gate in gates) else 1)
+
+
+@app.command()
+def sheet(
+    folder: Annotated[Path, typer.Argument(help="Folder of pictures, as `recap generate` fills it.")],
+    out: Annotated[Path, typer.Argument(help="The PNG to write.")],
+    models: Annotated[Path, typer.Option(help="What `recap world init` wrote.")] = Path("runs/world/models"),
+    num: Annotated[int, typer.Option(help="Pictures, spread evenly over the folder.")] = 100,
+) -> None:
+    """Show pictures with what the reader sees in each, for a person to check."""
+    from PIL import Image
+
+    from recap.world.reader import Reader
+    from recap.world.sheet import sheet as lay_out
+
+    paths = sorted(folder.glob("*.png"))
+    pictures = [Image.open(path) for path in paths[::max(len(paths) // num, 1)][:num]]
+    lay_out(pictures, Reader.open(models / "reader", "cpu").read(pictures)).save(out)

@@ -1,30 +1,50 @@
-"""A scene of the drawn world: one to three coloured shapes on a plain background, and words that are true of it."""
+"""A scene of the drawn world: one to six coloured shapes on a plain or patterned background."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
 from typing import Any
 
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageDraw
 
 COLOURS = {
-    "red": (214, 40, 40), "orange": (247, 140, 20), "yellow": (250, 215, 40), "green": (40, 160, 70),
-    "blue": (40, 90, 210), "purple": (130, 60, 180), "pink": (250, 150, 190), "brown": (125, 75, 40),
+    "red": (214, 40, 40), "yellow": (250, 215, 40), "green": (40, 160, 70), "blue": (40, 90, 210),
+    "purple": (130, 60, 180), "pink": (250, 140, 190),
 }
 BACKGROUNDS = {"white": (250, 250, 250), "black": (20, 20, 20), "grey": (135, 135, 135), "beige": (222, 205, 170)}
-SIZES = {"small": 0.11, "large": 0.2}
+PATTERNS = ("plain", "striped", "checkered")
+PATTERN_SHADE = 26
+"""How much darker (on black: lighter) a pattern's second tone is, of 255."""
+PATTERN_PARTS = 8
+"""Stripes from top to bottom, and checks along a side."""
+SIZES = {"small": 0.105, "large": 0.175}
 """Half the width of a shape, as a share of the image's side."""
 PLACES = {
-    "top left": (0.27, 0.27), "top right": (0.73, 0.27), "bottom left": (0.27, 0.73), "bottom right": (0.73, 0.73),
-    "centre": (0.5, 0.5),
+    "top left": (0.19, 0.27), "top": (0.5, 0.27), "top right": (0.81, 0.27),
+    "bottom left": (0.19, 0.73), "bottom": (0.5, 0.73), "bottom right": (0.81, 0.73),
 }
-"""Centre of a shape, as shares of width and height. `centre` is for a shape that is alone, as it would touch others."""
+"""Centre of a shape, as shares of width and height. Large neighbours overlap."""
+NUM_SHAPES = {1: 0.25, 2: 0.30, 3: 0.20, 4: 0.12, 5: 0.08, 6: 0.05}
+"""How often a scene has so many shapes."""
 JITTER = 0.02
 OVERSAMPLING = 8
-NUMBERS = ("no", "one", "two", "three")
 
 Point = tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """What the shapes stand on."""
+
+    colour: str
+    pattern: str
+
+    @property
+    def name(self) -> str:
+        """`striped grey background`."""
+        return f"{self.pattern} {self.colour} background"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +60,20 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """What a detector of this world calls it: `red circle`."""
+        """`red circle`."""
         return f"{self.colour} {self.kind}"
+
+    @property
+    def full_name(self) -> str:
+        """What a detector of this world calls it: `small red circle`."""
+        return f"{self.size} {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is drawn. Shapes stand in different places, in reading order."""
+    """What is drawn. Shapes stand in different places, in reading order; each covers those before it."""
 
-    background: str
+    background: Background
     shapes: tuple[Shape, ...]
 
     def metadata(self, side: int) -> dict[str, Any]:
@@ -57,17 +82,17 @@ class Scene:
         A box is left, top, right, bottom, in pixels of an image of `side` pixels.
         """
         objects = [{"kind": shape.kind, "colour": shape.colour, "size": shape.size, "place": shape.place,
-                    "box": _box(Scene(self.background, (shape,)), side)} for shape in self.shapes]
-        return {"background": self.background, "objects": objects}
+                    "box": box(shape, side)} for shape in self.shapes]
+        return {"background": {"colour": self.background.colour, "pattern": self.background.pattern},
+                "objects": objects}
 
 
 def draw_scene(rng: Random, num_shapes: int | None = None) -> Scene:
     """Draw the lots of a scene; `num_shapes` fixes how many shapes it has."""
-    count = num_shapes or rng.choice((1, 2, 3))
-    places = sorted(rng.sample(list(PLACES)[:4], count), key=list(PLACES).index)
-    if count == 1 and rng.random() < 0.2:
-        places = ["centre"]
-    return Scene(rng.choice(list(BACKGROUNDS)), tuple(_draw_shape(rng, place) for place in places))
+    count = num_shapes or rng.choices(list(NUM_SHAPES), list(NUM_SHAPES.values()))[0]
+    places = sorted(rng.sample(list(PLACES), count), key=list(PLACES).index)
+    background = Background(rng.choice(list(BACKGROUNDS)), rng.choice(PATTERNS))
+    return Scene(background, tuple(_draw_shape(rng, place) for place in places))
 
 
 def _draw_shape(rng: Random, place: str) -> Shape:
@@ -82,59 +107,73 @@ def _draw_shape(rng: Random, place: str) -> Shape:
 def render(scene: Scene, side: int) -> Image.Image:
     """The scene as an RGB image of `side` × `side` pixels, drawn large and reduced, so that edges are smooth."""
     large = side * OVERSAMPLING
-    background = BACKGROUNDS[scene.background]
-    image = Image.new("RGB", (large, large), background)
-    canvas = ImageDraw.Draw(image)
+    image = _backdrop(scene.background, large).copy()
     for shape in scene.shapes:
-        KINDS[shape.kind](canvas, (shape.x * large, shape.y * large), SIZES[shape.size] * large,
-                          COLOURS[shape.colour], background)
+        image.paste(COLOURS[shape.colour], mask=_mask(shape, large))
     return image.resize((side, side), Image.Resampling.BOX)
 
 
-def _box(alone: Scene, side: int) -> list[int]:
-    """The pixels in which a scene of one shape differs from its background."""
-    empty = Image.new("RGB", (side, side), BACKGROUNDS[alone.background])
-    return list(ImageChops.difference(render(alone, side), empty).getbbox() or (0, 0, side, side))
+def box(shape: Shape, side: int) -> list[int]:
+    """The pixels that a shape touches: left, top, right, bottom, in pixels of an image of `side` pixels."""
+    mask = _mask(shape, side * OVERSAMPLING).resize((side, side), Image.Resampling.BOX)
+    return list(mask.getbbox() or (0, 0, side, side))
 
 
-def _circle(canvas: ImageDraw.ImageDraw, centre: Point, half: float, colour: Any, background: Any) -> None:
-    canvas.circle(centre, half, fill=colour)
+@lru_cache(maxsize=32)
+def _backdrop(background: Background, side: int) -> Image.Image:
+    first = BACKGROUNDS[background.colour]
+    shade = PATTERN_SHADE if background.colour == "black" else -PATTERN_SHADE
+    second = tuple(tone + shade for tone in first)
+    image = Image.new("RGB", (side, side), first)
+    canvas, step = ImageDraw.Draw(image), side / PATTERN_PARTS
+    for row in range(PATTERN_PARTS):
+        for column in range(PATTERN_PARTS):
+            odd = row % 2 if background.pattern == "striped" else (row + column) % 2
+            if odd and background.pattern != "plain":
+                canvas.rectangle((column * step, row * step, (column + 1) * step - 1, (row + 1) * step - 1), second)
+    return image
 
 
-def _ring(canvas: ImageDraw.ImageDraw, centre: Point, half: float, colour: Any, background: Any) -> None:
-    canvas.circle(centre, half, fill=colour)
-    canvas.circle(centre, half * 0.55, fill=background)
+def _mask(shape: Shape, side: int) -> Image.Image:
+    """Where the shape is: (side, side), 255 inside."""
+    mask = Image.new("L", (side, side))
+    KINDS[shape.kind](ImageDraw.Draw(mask), (shape.x * side, shape.y * side), SIZES[shape.size] * side)
+    return mask
 
 
-def _square(canvas: ImageDraw.ImageDraw, centre: Point, half: float, colour: Any, background: Any) -> None:
-    _rectangle(canvas, centre, half * 0.9, half * 0.9, colour)
+def _circle(canvas: ImageDraw.ImageDraw, centre: Point, half: float) -> None:
+    canvas.circle(centre, half, fill=255)
 
 
-def _cross(canvas: ImageDraw.ImageDraw, centre: Point, half: float, colour: Any, background: Any) -> None:
-    _rectangle(canvas, centre, half, half / 3, colour)
-    _rectangle(canvas, centre, half / 3, half, colour)
+def _ring(canvas: ImageDraw.ImageDraw, centre: Point, half: float) -> None:
+    canvas.circle(centre, half, fill=255)
+    canvas.circle(centre, half * 0.5, fill=0)
 
 
-def _triangle(canvas: ImageDraw.ImageDraw, centre: Point, half: float, colour: Any, background: Any) -> None:
-    canvas.polygon(_around(centre, [half * 1.1] * 3), fill=colour)
+def _square(canvas: ImageDraw.ImageDraw, centre: Point, half: float) -> None:
+    _rectangle(canvas, centre, half * 0.9, half * 0.9)
 
 
-def _star(canvas: ImageDraw.ImageDraw, centre: Point, half: float, colour: Any, background: Any) -> None:
-    canvas.polygon(_around(centre, [half, half * 0.42] * 5), fill=colour)
+def _bar(canvas: ImageDraw.ImageDraw, centre: Point, half: float) -> None:
+    _rectangle(canvas, centre, half, half * 0.4)
 
 
-def _rectangle(canvas: ImageDraw.ImageDraw, centre: Point, half_x: float, half_y: float, colour: Any) -> None:
+def _cross(canvas: ImageDraw.ImageDraw, centre: Point, half: float) -> None:
+    _rectangle(canvas, centre, half, half / 3)
+    _rectangle(canvas, centre, half / 3, half)
+
+
+def _triangle(canvas: ImageDraw.ImageDraw, centre: Point, half: float) -> None:
+    corners = [(centre[0] + 1.15 * half * math.sin(angle), centre[1] - 1.15 * half * math.cos(angle))
+               for angle in (0, 2 * math.pi / 3, 4 * math.pi / 3)]
+    canvas.polygon(corners, fill=255)
+
+
+def _rectangle(canvas: ImageDraw.ImageDraw, centre: Point, half_x: float, half_y: float) -> None:
     x, y = centre
-    canvas.rectangle((x - half_x, y - half_y, x + half_x, y + half_y), fill=colour)
+    canvas.rectangle((x - half_x, y - half_y, x + half_x, y + half_y), fill=255)
 
 
-def _around(centre: Point, radii: list[float]) -> list[Point]:
-    """Corners at equal angles around a centre, the first straight above it."""
-    angles = [2 * math.pi * index / len(radii) for index in range(len(radii))]
-    return [(centre[0] + radius * math.sin(angle), centre[1] - radius * math.cos(angle))
-            for radius, angle in zip(radii, angles, strict=True)]
-
-
-KINDS: dict[str, Callable[[ImageDraw.ImageDraw, Point, float, Any, Any], None]] = {
-    "circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "cross": _cross, "ring": _ring,
+KINDS: dict[str, Callable[[ImageDraw.ImageDraw, Point, float], None]] = {
+    "circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross, "ring": _ring, "bar": _bar,
 }

@@ -1,15 +1,22 @@
-"""What is said of a drawn scene: the exact description, alt-text as bad as the web's, and prompts."""
+"""What is said of a drawn scene: alt-text as bad as the web's, exact descriptions, and references as people write them.
+
+Nothing here shares a sentence with the template that stitches captions: a model must not score by having learnt it.
+`recap.world.facts` reads all of it back.
+"""
 
 from random import Random
 
-from recap.world.scene import BACKGROUNDS, COLOURS, KINDS, NUMBERS, PLACES, Scene, Shape, draw_scene
+from recap.world.scene import BACKGROUNDS, COLOURS, KINDS, PATTERNS, Background, Scene, Shape
 
 ALT_SHARES = {"nothing": 0.40, "one fact": 0.35, "false": 0.15, "whole": 0.10}
 """How often alt-text is of which kind: nothing true of the scene, one true fact, a false one, the whole.
 
-The dial of the demo's experiment: set before any model is trained, and kept. The form (file names, shop talk, site
+The dial of the embedded experiment: set before any model is trained, and kept. The form (file names, shop talk, site
 names, capitals) is that of real web alt-text; the text says as little of a scene as alt-text says of a photo.
 """
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+MAX_NAMED = 3
+"""Shapes that a short reference names; of a fuller scene it says that there are more."""
 
 ITEMS = ("Wall Art Print", "Phone Case", "Throw Pillow", "Coffee Mug", "Vinyl Decal", "Tote Bag", "Greeting Card",
          "Clip Art Bundle", "Canvas Poster", "Mouse Pad", "Notebook", "Enamel Pin", "Shower Curtain")
@@ -27,15 +34,26 @@ FILES = (
 )
 
 
+# --- alt-text ------------------------------------------------------------------------------------------------------
+
+
 def alt_text(scene: Scene, rng: Random) -> tuple[str, str]:
     """Draw a kind of alt-text by ALT_SHARES, and a text of that kind: `("one fact", "Red circle vector | iStok")`."""
     kind = rng.choices(list(ALT_SHARES), list(ALT_SHARES.values()))[0]
     if kind == "nothing":
         return kind, _shop_talk(rng)
     if kind == "whole":
-        return kind, _whole(scene)
+        return kind, clean_alt_text(scene)
     fact = _true_fact(scene, rng) if kind == "one fact" else _false_fact(scene, rng)
     return kind, _dressed(fact, rng)
+
+
+def clean_alt_text(scene: Scene) -> str:
+    """Alt-text with the dial at `whole`: everything, as terse as a careful webmaster's.
+
+    `small red circle top left, large blue bar bottom, striped grey background`.
+    """
+    return ", ".join([f"{shape.full_name} {shape.place}" for shape in scene.shapes] + [scene.background.name])
 
 
 def _shop_talk(rng: Random) -> str:
@@ -44,24 +62,20 @@ def _shop_talk(rng: Random) -> str:
         count=rng.randint(1, 9), number=rng.randint(1000, 9999))
 
 
-def _whole(scene: Scene) -> str:
-    """Everything, as terse as a careful webmaster's: `small red circle top left, large blue star centre, grey`."""
-    objects = ", ".join(f"{s.size} {s.name} {s.place}" for s in scene.shapes)
-    return f"{objects}, {scene.background} background"
-
-
 def _true_fact(scene: Scene, rng: Random) -> str:
     shape = rng.choice(scene.shapes)
-    return rng.choice((shape.kind, shape.name, f"{scene.background} background"))
+    return rng.choice((shape.kind, shape.name, scene.background.name))
 
 
 def _false_fact(scene: Scene, rng: Random) -> str:
     """Something that can be seen to be wrong: a kind, a name or a background that the scene does not have."""
     kinds, colours = {s.kind for s in scene.shapes}, {s.colour for s in scene.shapes}
-    kind = rng.choice([kind for kind in KINDS if kind not in kinds])
-    colour = rng.choice([colour for colour in COLOURS if colour not in colours])
-    background = rng.choice([name for name in BACKGROUNDS if name != scene.background])
-    return rng.choice((kind, f"{colour} {kind}", f"{background} background"))
+    kind = rng.choice([kind for kind in KINDS if kind not in kinds] or list(KINDS))
+    name = rng.choice([f"{colour} {kind}" for colour in COLOURS for kind in KINDS
+                       if colour not in colours or kind not in kinds])
+    background = Background(rng.choice([name for name in BACKGROUNDS if name != scene.background.colour]),
+                            rng.choice([name for name in PATTERNS if name != scene.background.pattern]))
+    return rng.choice((kind if kind not in kinds else name, name, background.name))
 
 
 def _dressed(fact: str, rng: Random) -> str:
@@ -75,70 +89,100 @@ def _dressed(fact: str, rng: Random) -> str:
 
 
 def describe(scene: Scene, rng: Random) -> str:
-    """An exact description in one to three sentences: size, colour, kind and place of every shape, and the background.
-
-    Its sentences are drawn from several forms, none of which the stitched captions use: it is a reference, and a model
-    must not score by having learnt its template.
-    """
-    background, shapes = scene.background, [_phrase(shape) for shape in scene.shapes]
-    where = [_where(shape, rng) for shape in scene.shapes]
-    if len(shapes) == 1:
+    """An exact description: size, colour, kind and place of every shape, and the background."""
+    background, first = _article(scene.background.name), _phrase(scene.shapes[0])
+    placed = [f"{_phrase(shape)} at the {shape.place}" for shape in scene.shapes]
+    if len(placed) == 1:
         return rng.choice((
-            f"{shapes[0].capitalize()} sits {where[0]} of a plain {background} canvas.",
-            f"Against {background}, {shapes[0]} has been drawn {where[0]}.",
-            f"{shapes[0].capitalize()} stands alone {where[0]}. Everything around it is {background}.",
+            f"{_capital(first)} sits at the {scene.shapes[0].place} of {background}.",
+            f"On {background}, {first} has been drawn at the {scene.shapes[0].place}.",
+            f"{_capital(placed[0])} stands alone on {background}.",
         ))
-    placed = [f"{shape} {place}" for shape, place in zip(shapes, where, strict=True)]
     return rng.choice((
-        f"{_joined(placed).capitalize()} share a plain {background} canvas.",
-        f"Against {background} stand {NUMBERS[len(shapes)]} shapes. {_sentence(placed[:1])} {_sentence(placed[1:])}",
-        f"{_sentence(placed)} All around them the canvas is {background}.",
+        f"{_capital(_joined(placed))} share {background}.",
+        f"On {background} stand {NUMBERS[len(placed)]} shapes: {_joined(placed)}.",
+        f"{_capital(_joined(placed))} have been drawn on {background}.",
     ))
 
 
-def _phrase(shape: Shape) -> str:
-    return f"{'an' if shape.size[0] in 'aeiou' else 'a'} {shape.size} {shape.name}"
+# --- references ----------------------------------------------------------------------------------------------------
 
 
-def _where(shape: Shape, rng: Random) -> str:
-    if shape.place == "centre":
-        return rng.choice(("at the centre", "in the very middle"))
-    return rng.choice((f"at the {shape.place}", f"in the {shape.place} corner"))
+def reference_short(scene: Scene, rng: Random) -> str:
+    """A few words, as a person would caption it: colours and kinds, sometimes the background, never places."""
+    shapes = rng.sample(scene.shapes, min(len(scene.shapes), MAX_NAMED))
+    named = [_article(shape.name) for shape in shapes]
+    text = _joined([*named, "more shapes"] if len(shapes) < len(scene.shapes) else named)
+    background = scene.background
+    return rng.choice((text, f"{text} on {background.colour}", f"{text} over {_article(background.name)}",
+                       f"{_capital(text)}, drawn flat"))
+
+
+def reference_long(scene: Scene, rng: Random) -> str:
+    """One or two sentences with every shape and its place, in one of several voices."""
+    background = scene.background
+    ground = rng.choice((_article(background.name), f"a canvas that is {background.pattern} and {background.colour}",
+                         f"{background.pattern} {background.colour}"))
+    phrases = [(_phrase(shape, rng), shape.place) for shape in scene.shapes]
+    after = _joined([f"{phrase} {rng.choice(('in', 'near'))} the {place}" for phrase, place in phrases])
+    before = "; ".join(f"{rng.choice(('in the', 'up in the' if 'top' in place else 'down in the'))} {place}, {phrase}"
+                       for phrase, place in phrases)
+    return rng.choice((
+        f"{_capital(after)}, all against {ground}.",
+        f"{_capital(before)}. Behind it all lies {ground}.",
+        f"Somebody drew {after}. The ground is {ground}.",
+        f"We see {ground} here, and on it {after}.",
+    ))
+
+
+RICH_OPENINGS = (
+    "{ground} covers this small drawing from edge to edge, and {count} drawn on top, without outlines or shadows.",
+    "In this flat, evenly lit drawing {count} placed on {ground_lower}, with nothing written on it and no frame.",
+    "Someone filled the whole sheet with {ground_lower} first, and then {count} added in strong, even colours.",
+)
+RICH_SHAPES = (
+    "In the {place} there is {phrase}, painted in one even tone with crisp edges.",
+    "The {place} belongs to {phrase}, cleanly cut and of a single flat colour.",
+    "Near the {place} one finds {phrase}, smooth inside and sharp at its border.",
+    "Look to the {place} for {phrase}, which has neither an outline nor a shadow of its own.",
+)
+RICH_CLOSINGS = (
+    "Nothing else can be found anywhere in it.",
+    "That is all there is; the rest stays empty.",
+    "Apart from that, the drawing is left bare.",
+)
+
+
+def reference_rich(scene: Scene, rng: Random) -> str:
+    """A paragraph: a sentence on the ground, one on every shape, one to end."""
+    number = len(scene.shapes)
+    ground = _article(scene.background.name)
+    opening = rng.choice(RICH_OPENINGS).format(
+        ground=_capital(ground), ground_lower=ground,
+        count=f"{NUMBERS[number]} shapes are" if number > 1 else "one shape is")
+    shapes = [rng.choice(RICH_SHAPES).format(place=shape.place, phrase=_phrase(shape, rng))
+              for shape in rng.sample(scene.shapes, number)]
+    return " ".join([opening, *shapes, rng.choice(RICH_CLOSINGS)])
+
+
+# --- English -------------------------------------------------------------------------------------------------------
+
+
+def _phrase(shape: Shape, rng: Random | None = None) -> str:
+    """`a small red circle`; of several who write, one in four says little or big."""
+    size = shape.size
+    if rng and rng.random() < 0.25:
+        size = {"small": "little", "large": "big"}[size]
+    return f"a {size} {shape.name}"
+
+
+def _article(phrase: str) -> str:
+    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _joined(phrases: list[str]) -> str:
     return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
-
-
-def _sentence(placed: list[str]) -> str:
-    verb = "is" if len(placed) == 1 else "are"
-    return f"There {verb} {_joined(placed)}."
-
-
-# --- prompts -------------------------------------------------------------------------------------------------------
-
-
-def prompts(rng: Random, number: int) -> list[str]:
-    """Prompts for generation: by turns short, exact, and dense ones of more than 75 CLIP tokens. All differ."""
-    forms = (_short_prompt, lambda rng: describe(draw_scene(rng), rng), _dense_prompt)
-    found: dict[str, None] = {}
-    while len(found) < number:
-        found[forms[len(found) % len(forms)](rng)] = None
-    return list(found)
-
-
-def _short_prompt(rng: Random) -> str:
-    scene = draw_scene(rng, num_shapes=rng.choice((1, 2)))
-    names = _joined([f"{'an' if s.name[0] in 'aeiou' else 'a'} {s.name}" for s in scene.shapes])
-    return rng.choice((names, f"{names} on {scene.background}"))
-
-
-def _dense_prompt(rng: Random) -> str:
-    scene = draw_scene(rng, num_shapes=3)
-    lines = [f"A plain, evenly lit {scene.background} canvas holds exactly three flat shapes with sharp edges and no "
-             f"outlines, and nothing else."]
-    for ordinal, shape in zip(("first", "second", "third"), scene.shapes, strict=True):
-        x, y = (round(100 * share) for share in PLACES[shape.place])
-        lines.append(f"The {ordinal} is {_phrase(shape)} at the {shape.place}: its middle lies {x} percent of the way "
-                     f"from the left edge to the right, and {y} percent of the way down from the top.")
-    return " ".join(lines)

@@ -1,0 +1,103 @@
+"""The base checkpoints of the embedded world: how each was made, and where the trained ones lie."""
+
+import importlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from recap.clip_bpe import clip_tokenizer
+from recap.errors import UserError
+from recap.progress import say
+from recap.rundir import StageDir
+
+SHIPPED = Path(__file__).parent / "checkpoints"
+"""What `train_base` made, as this version of Recap ships it."""
+SIZE = 32
+"""Pixels of the pictures that the shipped checkpoints know."""
+PARTS = {"vae": ("vae", 0), "reader": ("reader", 11), "features": ("features", 21), "clip": ("clip", 31),
+         "detr": ("detr", 41), "blip2": ("blip2", 3), "stable-diffusion-0": ("stable_diffusion", 0),
+         "stable-diffusion-1": ("stable_diffusion", 1)}
+"""Part → the module that makes it, and the seed of its weights and drawings: no two parts share these."""
+RECORDS = ("log.jsonl", "done.json")
+"""What is kept of a part's training."""
+NUM_BASE = 30_000
+"""Drawings with alt-text that the diffusion models are trained on."""
+
+
+def train_base(out: Path, parts: Iterable[str]) -> None:
+    """Train parts, one after another, below `out`. To resume, run the same again.
+
+    Each leaves `out/PART/model` (a folder of the library's own format, fp16), `log.jsonl`, and figures in `done.json`.
+
+    Raises:
+        UserError: a part that does not exist, or one that was begun with other settings.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"no part {part!r}: the parts are {', '.join(PARTS)}")
+        stage = StageDir(out / part, _reads(part))
+        if stage.state() == "changed":
+            raise UserError(f"{stage.path} was made with other settings ({stage.changes()[0]}): delete it first")
+        if stage.state() == "done":
+            say(f"{part}: trained before")
+            continue
+        stage.begin()
+        stage.finish(_train(part, stage, out))
+        say(f"{part}: {json.dumps(stage.result())}")
+
+
+def _reads(part: str) -> dict[str, Any]:
+    module, seed = _module(part)
+    settings = {"train": module.TRAIN} if hasattr(module, "TRAIN") else {"schedule": asdict(module.SCHEDULE)}
+    return {"seed": seed, "size": SIZE, **settings}
+
+
+def _train(part: str, stage: StageDir, out: Path) -> dict[str, float]:
+    module, seed = _module(part)
+    if hasattr(module, "TRAIN"):
+        return _train_diffusion(module, part, seed, stage, out)
+    result: dict[str, float] = module.train(stage, seed, SIZE)
+    return result
+
+
+def _train_diffusion(module: Any, part: str, seed: int, stage: StageDir, out: Path) -> dict[str, float]:
+    from recap.world.draw import draw
+    vae = out / "vae" / "model"
+    if not vae.is_dir():
+        raise UserError(f"{part} needs the VAE first: recap world train-base {out} --part vae")
+    draw(out / "shards", num_train=0, num_tuning=0, num_validation=0, num_evaluation=0, num_base=NUM_BASE, size=SIZE)
+    result: dict[str, float] = module.train(stage, seed, SIZE, vae, str(out / "shards" / "base" / "*.tar"))
+    return result
+
+
+def _module(part: str) -> tuple[Any, int]:
+    """Imported when it is needed: each loads a library of its own."""
+    name, seed = PARTS[part]
+    return importlib.import_module(f"recap.world.base.{name}"), seed
+
+
+def ship(out: Path) -> None:
+    """Copy what `train_base` left below `out` into this package: models, logs and figures.
+
+    A pipeline's VAE is that of the part `vae`, and its tokenizer open_clip's: they are shipped once.
+    """
+    for part in PARTS:
+        source = out / part
+        if not (source / "done.json").is_file():
+            raise UserError(f"{part} is not trained yet: recap world train-base {out} --part {part}")
+        target = SHIPPED / part
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(source / "model", target, ignore=shutil.ignore_patterns("vae", "tokenizer"))
+        for name in RECORDS:
+            shutil.copy(source / name, target)
+
+
+def unpack(part: str, folder: Path) -> None:
+    """Write a shipped part to `folder`, as its library opens it."""
+    shutil.copytree(SHIPPED / part, folder, ignore=shutil.ignore_patterns(*RECORDS), dirs_exist_ok=True)
+    if (folder / "model_index.json").is_file():
+        shutil.copytree(SHIPPED / "vae", folder / "vae", ignore=shutil.ignore_patterns(*RECORDS))
+        clip_tokenizer().save_pretrained(folder / "tokenizer")

@@ -1,0 +1,78 @@
+"""The base diffusion model: Stable Diffusion in the small, trained from scratch on the world's alt-text.
+
+Trained by the product's own loop, as one arm of an experiment: `alt`, on shards of its own.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from recap.checkpoint import publish
+from recap.clip_bpe import MAX_LENGTH, VOCAB_SIZE, clip_tokenizer
+from recap.pipeline import Experiment, run
+from recap.rundir import StageDir
+from recap.world.base import vae as vae_part
+from recap.world.base.fp16 import say_float32
+
+TEXT_WIDTH = 64
+WIDTHS = (64, 96)
+TRAIN = {"steps": 9000, "batch_size": 48, "lr": 1e-3, "warmup_steps": 200, "caption_dropout": 0.1, "ema_decay": 0.9995,
+         "checkpoint_every": 500}
+
+
+def build(size: int, vae: AutoencoderKL | None = None) -> StableDiffusionPipeline:
+    """A Stable Diffusion 1.x pipeline with a random UNet and text encoder around a VAE, by default a random one."""
+    vae = vae or vae_part.build(size)
+    tokenizer = clip_tokenizer()
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, projection_dim=TEXT_WIDTH,
+        num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=MAX_LENGTH,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    unet = UNet2DConditionModel(
+        sample_size=vae.config.sample_size // 4, in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels, layers_per_block=1, block_out_channels=WIDTHS,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=TEXT_WIDTH, attention_head_dim=4, norm_num_groups=16)
+    # The noise of CompVis/stable-diffusion-v1-4's scheduler_config.json; the solver draws well in few steps.
+    scheduler: Any = DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, num_train_timesteps=1000, steps_offset=1)
+    pipeline: Any = StableDiffusionPipeline(vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None,
+                                            feature_extractor=None, requires_safety_checker=False)
+    return pipeline
+
+
+def save(pipeline: StableDiffusionPipeline, folder: Path, size: int) -> None:
+    """A diffusers folder, fp16."""
+    pipeline.scheduler.register_to_config(clip_sample=False)  # our solver ignores it; DDIM made from this one needs it
+    pipeline.to(torch.float16).save_pretrained(folder)
+    say_float32(folder / "text_encoder" / "config.json")
+
+
+def train(stage: StageDir, seed: int, size: int, vae: Path, shards: str) -> dict[str, float]:
+    """Write `stage.path/model`, a diffusers folder, fp16.
+
+    Args:
+        stage: where all of it goes; the training itself below `run/`.
+        seed: of the first weights and of the training.
+        size: of the images, in pixels.
+        vae: folder of the trained VAE.
+        shards: pattern of the base-training shards.
+    """
+    start = stage.path / "start"
+    if not start.exists():
+        torch.manual_seed(seed)
+        temporary = stage.path / ".start.tmp"
+        build(size, AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32)).save_pretrained(temporary)
+        publish(temporary, start)
+    run(Experiment.model_validate({
+        "name": "run", "runs": str(stage.path), "arms": ["alt"], "seeds": [seed], "device": "cpu",
+        "train": {"model": str(start), "shards": shards, "resolution": size, **TRAIN}}), "train")
+    trained = stage.path / "run" / f"seed-{seed}" / "train" / "alt"
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(trained / "pipeline", safety_checker=None)
+    save(pipeline, stage.path / "model", size)
+    shutil.copy(trained / "log.jsonl", stage.path / "log.jsonl")
+    return {}

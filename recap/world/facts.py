@@ -1,0 +1,136 @@
+"""Words read back: what a caption or a prompt says of a scene, and how much of it is true.
+
+Reads the world's own texts, and whatever a stitcher or a captioner makes of its words: shapes brought in by `a`, a
+number or no article at all, with colour, size and place; `the` speaks of a shape again and counts for nothing. The
+words for backgrounds are none of those for shapes, so they count wherever they stand.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+from recap.world.scene import BACKGROUNDS, COLOURS, KINDS, PATTERNS, PLACES
+
+MAX_CHARACTERS = 4000
+SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large"}
+COUNT_WORDS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+
+_ANY = "|".join
+SHAPE = re.compile(
+    rf"(?:\b(?P<count>the|{_ANY(COUNT_WORDS)})[ -])?(?:\b(?P<size>{_ANY(SIZE_WORDS)})[ -])?"
+    rf"(?:\b(?P<colour>{_ANY(COLOURS)})[ -])?\b(?P<kind>{_ANY(KINDS)})(?:es|s)?\b")
+PLACE = re.compile(rf"\b(?:{_ANY(sorted(PLACES, key=len, reverse=True))})\b")
+BACKGROUND = re.compile(rf"\b(?:{_ANY(BACKGROUNDS)})\b")
+PATTERN = re.compile(rf"\b(?:{_ANY(PATTERNS)})\b")
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """A shape as it is spoken of; None is what is not said."""
+
+    kind: str
+    colour: str | None = None
+    size: str | None = None
+    place: str | None = None
+
+    @property
+    def num_facts(self) -> int:
+        """What is said of it: that it is there, its size, its place."""
+        return 1 + (self.size is not None) + (self.place is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """All that a text says."""
+
+    things: tuple[Thing, ...]
+    background: str | None
+    pattern: str | None
+
+
+def read(text: str) -> Stated:
+    """What a text says of a scene."""
+    text = text[:MAX_CHARACTERS].lower()
+    things = tuple(thing for clause in re.split(r"[.;]", text) for thing in _things(clause))
+    background, pattern = BACKGROUND.search(text), PATTERN.search(text)
+    return Stated(things, background and background[0], pattern and pattern[0])
+
+
+def _things(clause: str) -> Iterator[Thing]:
+    """The shapes of a clause. Places follow the shapes, unless the clause opens with one: then they come before."""
+    found = list(SHAPE.finditer(clause))
+    if not found:
+        return
+    places_first = PLACE.search(clause[:found[0].start()]) is not None
+    edges = [match.end() for match in found]
+    for index, match in enumerate(found):
+        if places_first:
+            between = clause[edges[index - 1] if index else 0:match.start()]
+        else:
+            between = clause[match.end():found[index + 1].start() if index + 1 < len(found) else len(clause)]
+        yield from _expanded(match, PLACE.findall(between))
+
+
+def _expanded(match: re.Match[str], places: list[str]) -> Iterator[Thing]:
+    """`two red circles at the top left and at the bottom`: two things, each in its place."""
+    count = match["count"]
+    if count == "the":
+        return
+    size = SIZE_WORDS[match["size"]] if match["size"] else None
+    number = COUNT_WORDS.get(count or "one", 1)
+    for _, place in zip_longest(range(number), places[:number]):
+        yield Thing(match["kind"], match["colour"], size, place)
+
+
+# --- true or not ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """How a text compares with a scene, in facts: of a shape that it is there, its size, its place; of the background
+    its colour and its pattern.
+    """
+
+    covered: int
+    """Stated, and true."""
+    wrong: int
+    """Stated, and not true."""
+    total: int
+    """There to be stated."""
+
+
+def compare(stated: Stated, scene: Mapping[str, Any]) -> Truth:
+    """Hold a text against a scene's metadata (see `Scene.metadata`).
+
+    A thing that is not there is wrong in all that is said of it. Things are paired with shapes so that most is true:
+    the surest first, those that match in colour and kind, and then in place and size.
+    """
+    shapes = list(scene["objects"])
+    covered = wrong = 0
+    for thing in _surest_first(stated.things, shapes):
+        found = max(shapes, key=lambda shape: _agreement(thing, shape), default=None)
+        if found is None or _agreement(thing, found) < 1:
+            wrong += thing.num_facts
+            continue
+        shapes.remove(found)
+        right = 1 + (thing.size == found["size"]) + (thing.place == found["place"])
+        covered += right
+        wrong += thing.num_facts - right
+    for said, true in ((stated.background, scene["background"]["colour"]),
+                       (stated.pattern, scene["background"]["pattern"])):
+        covered += said == true
+        wrong += said not in (None, true)
+    return Truth(covered, wrong, 3 * len(scene["objects"]) + 2)
+
+
+def _surest_first(things: tuple[Thing, ...], shapes: list[Mapping[str, Any]]) -> list[Thing]:
+    return sorted(things, key=lambda thing: -max((_agreement(thing, shape) for shape in shapes), default=0))
+
+
+def _agreement(thing: Thing, shape: Mapping[str, Any]) -> float:
+    """0 where it is another thing; else from 1 up, more for the same place, and a little more for the same size."""
+    if thing.kind != shape["kind"] or thing.colour not in (None, shape["colour"]):
+        return 0
+    return 1 + 2 * (thing.place == shape["place"]) + (thing.size == shape["size"])

@@ -1,0 +1,124 @@
+"""Words read back: the parser is exact on everything that the world says, and on what a stitcher makes of its facts."""
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recap.experts import Facts, Object
+from recap.llm import TemplateWriter
+from recap.world.facts import Stated, Thing, Truth, compare, read
+from recap.world.judge import judge
+from recap.world.reader import Reading, Seen
+from recap.world.scene import Scene, draw_scene
+from recap.world.words import (
+    alt_text,
+    clean_alt_text,
+    describe,
+    reference_long,
+    reference_rich,
+    reference_short,
+)
+
+
+@given(st.integers(0, 10**9))
+def test_whole_texts_state_every_fact_and_nothing_false(seed: int) -> None:
+    rng = Random(seed)
+    scene = draw_scene(rng)
+    whole = [write(scene, rng) for write in (describe, reference_long, reference_rich)]
+    for text in [*whole, clean_alt_text(scene)]:
+        truth = compare(read(text), scene.metadata(32))
+        assert (truth.covered, truth.wrong) == (truth.total, 0), text
+
+
+@given(st.integers(0, 10**9))
+def test_short_references_and_true_alt_text_say_nothing_false(seed: int) -> None:
+    rng = Random(seed)
+    scene = draw_scene(rng)
+    assert compare(read(reference_short(scene, rng)), scene.metadata(32)).wrong == 0
+    kind, alt = alt_text(scene, rng)
+    truth = compare(read(alt), scene.metadata(32))
+    assert (truth.covered > 0) == (kind in ("one fact", "whole")), alt
+    assert (truth.wrong > 0) == (kind == "false"), alt
+
+
+@given(st.integers(0, 10**9))
+def test_stitched_captions_of_what_is_there_say_nothing_false(seed: int) -> None:
+    scene = draw_scene(Random(seed))
+    things = scene.metadata(32)
+    objects = [Object(f"{thing['size']} {thing['colour']} {thing['kind']}", 1.0, tuple(thing["box"]))
+               for thing in things["objects"]]
+    facts = Facts(objects=[*objects, Object(scene.background.name, 1.0, (0, 0, 32, 32))])
+    for style, text in TemplateWriter().write(facts, (32, 32), ["short", "long", "rich"]).items():
+        truth = compare(read(text), things)
+        assert truth.wrong == 0, text
+        if style == "rich":
+            assert truth.covered >= truth.total - 2, text  # "in many places" is no place
+
+
+@pytest.mark.parametrize(("text", "things"), [
+    ("two red circles at the top left and at the bottom", [Thing("circle", "red", None, "top left"),
+                                                           Thing("circle", "red", None, "bottom")]),
+    ("Down in the bottom right, a big bar", [Thing("bar", None, "large", "bottom right")]),
+    ("The small red circle is to the left of the ring.", []),
+    ("Blue-Cross-42 Mouse Pad", [Thing("cross", "blue")]),
+    ("a circle. A Small RING at the top", [Thing("circle"), Thing("ring", None, "small", "top")]),
+    ("crossing the barn, starring nobody", []),
+])
+def test_what_a_text_brings_in(text: str, things: list[Thing]) -> None:
+    assert list(read(text).things) == things
+
+
+@given(st.text(max_size=200))
+def test_any_text_can_be_read(text: str) -> None:
+    assert isinstance(read(text), Stated)
+
+
+def test_what_is_not_there_is_wrong_in_all_that_is_said_of_it() -> None:
+    scene = {"objects": [{"kind": "ring", "colour": "red", "size": "small", "place": "top"}],
+             "background": {"colour": "grey", "pattern": "plain"}}
+    assert compare(read("a small blue ring at the top, plain white background"), scene) == Truth(1, 4, 5)
+    assert compare(read("a large red ring at the top"), scene) == Truth(2, 1, 5)
+    assert compare(read("two red rings at the top"), scene) == Truth(2, 1, 5)
+    assert compare(read(""), scene) == Truth(0, 0, 5)
+
+
+# --- judging -------------------------------------------------------------------------------------------------------
+
+
+def reading(scene: Scene) -> Reading:
+    """What a reader without fault sees."""
+    return Reading(tuple(Seen(shape.kind, shape.colour, shape.size, shape.place) for shape in scene.shapes),
+                   scene.background.colour, scene.background.pattern)
+
+
+@given(st.integers(0, 10**9))
+def test_the_scene_itself_satisfies_every_reference(seed: int) -> None:
+    rng = Random(seed)
+    scene = draw_scene(rng)
+    for write in (reference_short, reference_long, reference_rich, describe):
+        text = write(scene, rng)
+        found = judge(reading(scene), read(text), complete="more shapes" not in text)
+        assert set(found.values()) <= {1.0, None}, text
+        assert found["object_accuracy"] == 1.0
+
+
+def test_every_fault_shows_in_its_own_metric() -> None:
+    asked = read("a small red circle at the top and a large blue bar at the bottom on a plain grey background")
+    right = [Seen("circle", "red", "small", "top"), Seen("bar", "blue", "large", "bottom")]
+
+    def found(shapes: list[Seen], background: str = "grey") -> dict[str, float | None]:
+        return judge(Reading(tuple(shapes), background, "plain"), asked, complete=True)
+
+    assert set(found(right).values()) == {1.0}
+    assert found([*right, Seen("ring", "pink", "small", "top left")]) | {"object_accuracy": 0, "count": 0} == found(
+        [*right, Seen("ring", "pink", "small", "top left")])
+    swapped = found([Seen("circle", "blue", "small", "top"), Seen("bar", "red", "large", "bottom")])
+    assert (swapped["binding"], swapped["objects_found"], swapped["count"]) == (0, 0, 1)
+    moved = found([Seen("circle", "red", "small", "top left"), right[1]])
+    assert (moved["places"], moved["objects_found"], moved["object_accuracy"]) == (0.5, 0.5, 0)
+    assert found([Seen("circle", "red", "large", "top"), right[1]])["sizes"] == 0.5
+    assert found(right, "white")["background"] == 0.5
+    nothing = judge(Reading(tuple(right), "grey", "plain"), read("IMG_2041.JPG"), complete=False)
+    assert set(nothing.values()) == {None}
