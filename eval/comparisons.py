@@ -119,39 +119,39 @@ def claim(arms: list[str]) -> str | None:
 
 def compare(arms: list[str], runs: list[Run], reference: Statistics | None = None, seed: int = 0
             ) -> list[dict[str, Any]]:
-    """Every arm against the baseline by every measure, as `report.json` lists them.
+    """Every arm against the baseline by every measure, as `report.json` lists them; then against `oracle`, the bound.
 
     Arms are paired over the prompts of the headline sets, and over the seeds that both have: the prompt is the unit,
     so its scores are averaged over seeds. FID, a figure of a whole set of images, is compared by resampling prompts
     (`eval.fid_difference`), where its reference is given.
     """
     b = baseline(arms)
-    measures = measures_of(runs[0].metrics)
+    pairs = [(a, b) for a in arms] + [(a, "oracle") for a in arms if "oracle" in arms and a != b]
     seeds = {arm: {run.seed for run in runs if run.arm == arm} for arm in arms}
-    compared = [a for a in arms if a != b and seeds[a] & seeds[b]]
+    compared = [(a, b) for a, b in pairs if a != b and seeds[a] & seeds[b]]
     found = []
-    for a in compared:
+    for a, b in compared:
         shared = sorted(seeds[a] & seeds[b])
         _check_same_prompts(a, b, runs)
-        for measure in measures[:-1]:
+        for measure in measures_of(runs[0].metrics)[:-1]:
             ours, theirs = (np.array([run.headline(measure.key) for run in _of(arm, shared, runs)]) for arm in (a, b))
             if _any_shared(ours, theirs):
                 found.append({"a": a, "b": b, "metric": measure.key, **paired_difference(ours, theirs, seed)})
-    return found + (_compare_fids(compared, b, runs, reference, seed) if reference else [])
+    return found + (_compare_fids(compared, runs, reference, seed) if reference else [])
 
 
-def _compare_fids(compared: list[str], b: str, runs: list[Run], reference: Statistics, seed: int
+def _compare_fids(compared: list[tuple[str, str]], runs: list[Run], reference: Statistics, seed: int
                   ) -> list[dict[str, Any]]:
     metrics = runs[0].metrics
     note = why_no_interval(metrics["num_images"], metrics["feature_dim"])
     fids: dict[tuple[str, int], Fids] = {}
-    used = [run for run in runs if run.arm in (b, *compared)] if compared and note is None else []
+    used = [run for run in runs if any(run.arm in pair for pair in compared)] if note is None else []
     with progress.bar("FID intervals", len(used)) as bar:
         for run in used:
             fids[run.arm, run.seed] = resample_fid(run.features()[0], reference, seed)
             bar.update(1)
     found = []
-    for a in compared:
+    for a, b in compared:
         shared = sorted({run.seed for run in _of(a, None, runs)} & {run.seed for run in _of(b, None, runs)})
         result = (_without_interval(a, b, shared, runs, note) if note is not None else
                   fid_difference([fids[a, each] for each in shared], [fids[b, each] for each in shared], seed))
@@ -211,7 +211,8 @@ class Findings:
 
     def against(self, arm: str, measure: Measure) -> dict[str, Any] | None:
         """The comparison of an arm with the baseline, if there is one."""
-        return next((each for each in self.comparisons if each["a"] == arm and each["metric"] == measure.key), None)
+        return next((each for each in self.comparisons
+                     if (each["a"], each["b"], each["metric"]) == (arm, self.baseline, measure.key)), None)
 
     def mean(self, arm: str, measure: Measure) -> float | None:
         return next((each.mean(measure) for each in self.summaries if each.arm == arm), None)

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.beside import read_beside
 from eval.config import Report
 from eval.exhibits import captions, picture, shorten
 from eval.fid import Statistics, save
 from eval.generate import image_path
+from eval.pool import pool
 from eval.report import ReportInput, Run, run
 from eval.scores import Scores
 from recap.errors import UserError
@@ -262,6 +264,30 @@ def test_another_result_is_shown_beside_and_escaped(judged: Path, tmp_path: Path
     html = (judged / "index.html").read_text(encoding="utf-8")
     assert "At length &lt;img" in html and "recap run &lt;here&gt;" in html and "+20.0 to +40.0" in html
     assert not {tag for tag, _ in Page(html).elements} & {"script", "here"}
+
+
+def test_runs_are_pooled_into_a_result_that_can_be_shown(tmp_path: Path) -> None:
+    for name, seeds in (("a", (0, 1)), ("b", (0, 1))):
+        root = tmp_path / name
+        runs = [make_run(root, seed, arm, effect, judged=True) for seed in seeds
+                for arm, effect in {"alt": 0.0, "mix": 1.0, "oracle": 1.2}.items()]
+        (root / "reference").mkdir()
+        save(root / "reference/reference.npz", Statistics(np.full(4, -1.0), np.eye(4), 500), {"features": "x"})
+        report = {"config": {"arms": ["alt", "mix", "oracle"]}, "environment": {"hardware": "2 CPU cores"},
+                  "runs": [{"seed": run.seed, "arm": run.arm} for run in runs], "captions": {}}
+        (root / "report").mkdir()
+        (root / "report/report.json").write_text(json.dumps(report))
+    found = pool([tmp_path / "a", tmp_path / "b"], tmp_path / "all.json", "All", "recap run …")
+    assert [len(each.values["fid"]) for each in found.summaries] == [4, 4, 4]
+    pairs = {(each["a"], each["b"]) for each in found.comparisons}
+    assert pairs == {("mix", "alt"), ("oracle", "alt"), ("mix", "oracle")}
+    assert all(each["resampled"] == "prompts and seeds" for each in found.comparisons)
+    assert read_beside(str(tmp_path / "all.json")).findings().against("mix", found.lead)["verdict"] == "better"
+    with pytest.raises(UserError, match="no finished run"):
+        pool([tmp_path / "c"], tmp_path / "all.json", "", "")
+    save(tmp_path / "b/reference/reference.npz", Statistics(np.zeros(4), np.eye(4), 500), {"features": "x"})
+    with pytest.raises(UserError, match="other real images"):
+        pool([tmp_path / "a", tmp_path / "b"], tmp_path / "all.json", "", "")
 
 
 @pytest.mark.parametrize(("text", "message"), [
