@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
@@ -19,12 +20,17 @@ from recap.world.base.fp16 import save_fp16
 from recap.world.facts import compare, read
 from recap.world.scene import BACKGROUNDS, COLOURS, KINDS, PATTERNS, PLACES, SIZES, Background, Scene, box
 
-SCHEDULE = Schedule(steps=6000, batch_size=32, lr=5e-4, warmup_steps=500, weight_decay=1e-4)
+SCHEDULE = Schedule(steps=8000, batch_size=32, lr=1e-3, warmup_steps=300, weight_decay=1e-4)
 NUM_DRAWINGS = 30_000
 LABELS = ([f"{size} {colour} {kind}" for size in SIZES for colour in COLOURS for kind in KINDS]
           + [Background(colour, pattern).name for colour in BACKGROUNDS for pattern in PATTERNS])
 """The background is a thing as large as the picture."""
 BATCH = 100
+NUM_QUERIES = 10
+NOTHING = len(LABELS)
+NOTHING_WEIGHT = 0.2
+"""Of queries that have nothing to find, as they are many."""
+BOX_WEIGHT = 5.0
 ENLARGED = 2
 """The detector looks at pictures of twice the size, as its backbone reduces them eightfold."""
 
@@ -33,9 +39,9 @@ def build(size: int) -> DetrForObjectDetection:
     backbone = {"model_type": "resnet", "embedding_size": 32, "hidden_sizes": [32, 64], "depths": [2, 2],
                 "layer_type": "basic", "out_features": ["stage2"]}
     config = DetrConfig(
-        backbone_config=backbone, d_model=64, num_queries=10, encoder_layers=2, decoder_layers=3,
+        backbone_config=backbone, d_model=64, num_queries=NUM_QUERIES, encoder_layers=2, decoder_layers=3,
         encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, dropout=0.0,
-        auxiliary_loss=True, id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)})
+        id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)})
     return DetrForObjectDetection(config)
 
 
@@ -48,14 +54,14 @@ def train(stage: StageDir, seed: int, size: int, schedule: Schedule = SCHEDULE) 
     torch.manual_seed(seed)
     model = build(size).requires_grad_(True)  # transformers freezes the backbone, as it is used to trained ones
     drawings = Drawings.draw(f"{seed}/detr", NUM_DRAWINGS, size)
-    boxes = [_labels(scene, size) for scene in drawings.scenes]
+    classes, boxes = (torch.stack(parts) for parts in zip(*(_wanted(s, size) for s in drawings.scenes), strict=True))
     inputs: Any = processor(size)
 
     def loss(step: int) -> torch.Tensor:
         chosen = drawings.choose(step, schedule.batch_size)
         pixels = inputs(images=list(drawings.pixels[chosen]), return_tensors="pt").pixel_values
-        found: torch.Tensor = model(pixel_values=pixels, labels=[boxes[index] for index in chosen]).loss
-        return found
+        found = model(pixel_values=pixels)
+        return set_loss(found.logits, found.pred_boxes, classes[chosen], boxes[chosen])
 
     fit(stage, "detr", model, loss, schedule)
     save(model, stage.path / "model", size)
@@ -90,12 +96,33 @@ def spoken(facts: Facts, size: int) -> str:
     return "; ".join(words)
 
 
-def _labels(scene: Scene, size: int) -> dict[str, torch.Tensor]:
-    """Classes (N,) int64, and boxes (N, 4) as centre x, centre y, width, height, shares of the picture."""
-    corners = torch.tensor([box(shape, size) for shape in scene.shapes] + [[0, 0, size, size]]) / size
-    names = [shape.full_name for shape in scene.shapes] + [scene.background.name]
-    return {"class_labels": torch.tensor([LABELS.index(name) for name in names]),
-            "boxes": torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], dim=1)}
+def set_loss(logits: torch.Tensor, found: torch.Tensor, classes: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """DETR's loss on classes and boxes (Carion et al. 2020, Eq. 2, without the generalised IoU), a scalar.
+
+    Each query keeps one place, instead of being matched anew in every picture, in which DETR is slow: it took thousands
+    of steps to tell left from right.
+
+    Args:
+        logits: (B, Q, LABELS + 1).
+        found, boxes: (B, Q, 4), centre x, centre y, width, height, shares of the picture.
+        classes: (B, Q) int64, NOTHING where there is nothing.
+    """
+    weight = torch.ones(logits.shape[-1])
+    weight[NOTHING] = NOTHING_WEIGHT
+    there = (classes != NOTHING).float()
+    off = ((found - boxes).abs().sum(-1) * there).sum() / there.sum()
+    return F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight) + BOX_WEIGHT * off
+
+
+def _wanted(scene: Scene, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Class (Q,) and box (Q, 4) for every query: one for each place, one for the background, and some for nothing."""
+    names, corners = [""] * NUM_QUERIES, torch.zeros(NUM_QUERIES, 4)
+    for shape in scene.shapes:
+        query = list(PLACES).index(shape.place)
+        names[query], corners[query] = shape.full_name, torch.tensor(box(shape, size)) / size
+    names[len(PLACES)], corners[len(PLACES)] = scene.background.name, torch.tensor([0.0, 0.0, 1.0, 1.0])
+    classes = torch.tensor([LABELS.index(name) if name else NOTHING for name in names])
+    return classes, torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], dim=1)
 
 
 def save(model: DetrForObjectDetection, folder: Path, size: int) -> None:
