@@ -74,6 +74,12 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(pipe: StableDiffusionPip
         assert difference.max() <= 1  # of 255: the sums of a batched matrix product may round the other way
 
 
+def test_no_two_images_of_any_run_are_drawn_from_the_same_noise() -> None:
+    noises = {tuple(torch.randn(4, generator=torch.Generator().manual_seed(image_seed(seed, index))).tolist())
+              for seed in range(10) for index in range(200)}
+    assert len(noises) == 2000
+
+
 def test_a_stock_pipeline_draws_the_same_from_a_plain_prompt(pipe: StableDiffusionPipeline) -> None:
     ours = draw(pipe, ["a cat"], [7], num_inference_steps=3, guidance_scale=5.0)[0]
     noise = torch.Generator().manual_seed(7)
