@@ -72,6 +72,11 @@ class Run:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             raise self._unreadable("features.npz") from None
 
+    @property
+    def has_features(self) -> bool:
+        """Whether `features` is there to be read."""
+        return (self.evaluated / "features.npz").is_file()
+
     def _unreadable(self, name: str) -> UserError:
         return UserError(f"no readable {name} in {self.evaluated}: run `recap evaluate` first")
 
@@ -89,6 +94,11 @@ class ArmSummary:
     def mean(self, measure: Measure) -> float | None:
         values = self.values.get(measure.key)
         return float(np.mean(values)) if values else None
+
+    def spread(self, measure: Measure) -> float | None:
+        """Standard deviation over seeds, normalised by their number − 1; none of a single seed."""
+        values = self.values.get(measure.key, [])
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def summarize(arms: list[str], runs: Sequence[Scored]) -> list[ArmSummary]:
@@ -117,27 +127,41 @@ def claim(arms: list[str]) -> str | None:
 # --- comparisons ---------------------------------------------------------------------------------------------------
 
 
+def pairs(arms: list[str]) -> list[tuple[str, str]]:
+    """Every two arms once, as (a, b): first all against the baseline, then against `oracle`, the bound, then the rest.
+
+    Of a control and another arm, the control is b: `mix` is compared with `shuffled`.
+    """
+    ranks = {baseline(arms): 0, "oracle": 1} | {arm: 2 for arm in CONTROLS if arm not in (baseline(arms), "oracle")}
+    ranked = sorted(arms, key=lambda arm: ranks.get(arm, 3))
+    return [(a, b) for place, b in enumerate(ranked) for a in arms if a in ranked[place + 1:]]
+
+
 def compare(arms: list[str], runs: list[Run], reference: Statistics | None = None, seed: int = 0
             ) -> list[dict[str, Any]]:
-    """Every arm against the baseline by every measure, as `report.json` lists them; then against `oracle`, the bound.
+    """All `pairs` of arms by every measure, as `report.json` lists them.
 
     Arms are paired over the prompts of the headline sets, and over the seeds that both have: the prompt is the unit,
     so its scores are averaged over seeds. FID, a figure of a whole set of images, is compared by resampling prompts
-    (`eval.fid_difference`), where its reference is given.
+    (`eval.fid_difference`), where its reference is given. Each says in which `unit` its difference is ("share": of 1),
+    and whether "higher" or "lower" is `better`.
     """
-    b = baseline(arms)
-    pairs = [(a, b) for a in arms] + [(a, "oracle") for a in arms if "oracle" in arms and a != b]
     seeds = {arm: {run.seed for run in runs if run.arm == arm} for arm in arms}
-    compared = [(a, b) for a, b in pairs if a != b and seeds[a] & seeds[b]]
+    compared = [(a, b) for a, b in pairs(arms) if seeds[a] & seeds[b]]
     found = []
     for a, b in compared:
         shared = sorted(seeds[a] & seeds[b])
-        _check_same_prompts(a, b, runs)
+        _check_alike(a, b, runs)
         for measure in measures_of(runs[0].metrics)[:-1]:
             ours, theirs = (np.array([run.headline(measure.key) for run in _of(arm, shared, runs)]) for arm in (a, b))
             if _any_shared(ours, theirs):
-                found.append({"a": a, "b": b, "metric": measure.key, **paired_difference(ours, theirs, seed)})
+                found.append({**_named(a, b, measure), **paired_difference(ours, theirs, seed)})
     return found + (_compare_fids(compared, runs, reference, seed) if reference else [])
+
+
+def _named(a: str, b: str, measure: Measure) -> dict[str, Any]:
+    return {"a": a, "b": b, "metric": measure.key, "unit": "share" if measure.is_share else measure.label,
+            "better": "lower" if measure.lower_is_better else "higher"}
 
 
 def _compare_fids(compared: list[tuple[str, str]], runs: list[Run], reference: Statistics, seed: int
@@ -145,7 +169,7 @@ def _compare_fids(compared: list[tuple[str, str]], runs: list[Run], reference: S
     metrics = runs[0].metrics
     note = why_no_interval(metrics["num_images"], metrics["feature_dim"])
     fids: dict[tuple[str, int], Fids] = {}
-    used = [run for run in runs if any(run.arm in pair for pair in compared)] if note is None else []
+    used = [run for run in runs if any(run.arm in pair for pair in compared) and run.has_features] if not note else []
     with progress.bar("FID intervals", len(used)) as bar:
         for run in used:
             fids[run.arm, run.seed] = resample_fid(run.features()[0], reference, seed)
@@ -153,10 +177,17 @@ def _compare_fids(compared: list[tuple[str, str]], runs: list[Run], reference: S
     found = []
     for a, b in compared:
         shared = sorted({run.seed for run in _of(a, None, runs)} & {run.seed for run in _of(b, None, runs)})
-        result = (_without_interval(a, b, shared, runs, note) if note is not None else
+        why = note or _features_missing(a, b, shared, runs)
+        result = (_without_interval(a, b, shared, runs, why) if why else
                   fid_difference([fids[a, each] for each in shared], [fids[b, each] for each in shared], seed))
-        found.append({"a": a, "b": b, "metric": FID.key, **result, "num_prompts": metrics["num_images"]})
+        found.append({**_named(a, b, FID), **result, "num_prompts": metrics["num_images"]})
     return found
+
+
+def _features_missing(a: str, b: str, seeds: list[int], runs: list[Run]) -> str | None:
+    """A note where an arm was evaluated without keeping its features, as by an older version."""
+    lacking = [arm for arm in (a, b) if not all(run.has_features for run in _of(arm, seeds, runs))]
+    return f"no interval: no features.npz of {' and '.join(lacking)}: evaluate again" if lacking else None
 
 
 def _without_interval(a: str, b: str, seeds: list[int], runs: list[Run], note: str) -> dict[str, Any]:
@@ -171,12 +202,16 @@ def _of(arm: str, seeds: list[int] | None, runs: list[Run]) -> list[Run]:
     return sorted(found, key=lambda run: run.seed)
 
 
-def _check_same_prompts(a: str, b: str, runs: list[Run]) -> None:
-    sets = [run.scores.sets for run in runs if run.arm in (a, b)]
-    headlines = [run.metrics["headline_sets"] for run in runs if run.arm in (a, b)]
+def _check_alike(a: str, b: str, runs: list[Run]) -> None:
+    both = [run for run in runs if run.arm in (a, b)]
+    sets, headlines = [run.scores.sets for run in both], [run.metrics["headline_sets"] for run in both]
     if any(each != sets[0] for each in sets) or any(each != headlines[0] for each in headlines):
         raise UserError(f"arms {a} and {b} did not draw the same prompts ({len(sets[0])} and {len(sets[-1])}): "
                         "generate and evaluate both again")
+    wanted = {measure.key for measure in measures_of(runs[0].metrics)} - {FID.key}
+    if any(run.scores.columns.keys() != wanted for run in both):
+        raise UserError(f"arms {a} and {b} were not scored by the same metrics ({', '.join(sorted(wanted))}): "
+                        "evaluate both again")
 
 
 def _any_shared(a: np.ndarray, b: np.ndarray) -> bool:
@@ -296,7 +331,7 @@ def arms_table(found: Findings) -> str:
     """The result for a terminal, at most 80 columns."""
     lead, columns = found.lead, [found.headline[-1], *reversed(found.headline[:-1])]
     widths = [9, 9, 12][:len(columns)]
-    names = [f"{'CLIP' if measure.key == 'clip_score' else measure.label[:8]} {measure.arrow}" for measure in columns]
+    names = [f"{measure.label.split()[0][:10]} {measure.arrow}" for measure in columns]
     against = f"{lead.label[:16]} against {found.baseline[:12]}" if found.comparisons else ""
     lines = [_line("arm", names, widths, against)]
     for each in found.summaries:

@@ -52,9 +52,13 @@ def measures_of(metrics: dict[str, Any]) -> list[Measure]:
     """The measures in a metrics.json: those of its judge, CLIP score, FID."""
     judge = metrics.get("judge")
     judged = judge.get("metrics") if isinstance(judge, dict) else None
-    own = [Measure(str(key), str(key).replace("_", " ").capitalize(), is_share=True, about=str(text))
-           for key, text in judged.items()] if isinstance(judged, dict) else []
+    own = [Measure(str(key), str(key).replace("_", " ").capitalize(), is_share=True,
+                   about=_sentence(str(text))) for key, text in judged.items()] if isinstance(judged, dict) else []
     return [*own, CLIP_SCORE, FID]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:].rstrip('.')}."
 
 
 def headline_measures(measures: list[Measure]) -> list[Measure]:

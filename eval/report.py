@@ -10,17 +10,21 @@ import jinja2
 from eval.beside import Beside, read_beside
 from eval.caption_table import Source, caption_table
 from eval.charts import Row, dot_chart
-from eval.comparisons import Findings, Run, arms_table, compare, p_text, summarize, verdict
+from eval.comparisons import ArmSummary, Findings, Run, arms_table, compare, p_text, summarize, verdict
 from eval.config import JudgeRef, Report
 from eval.exhibits import captions, grid
 from eval.fid import load
-from eval.judge import open_judge
-from eval.measures import FID, Measure, measures_of, signed
+from eval.judge import METRIC, open_judge
+from eval.measures import FID, NONE, Measure, measures_of, signed
 from recap.errors import UserError
 from recap.rundir import StageDir
 from recap.shards import write_bytes, write_json
 
 SCHEMA = 1
+MAX_ARMS = 50
+"""Of another run that is shown beside this one."""
+MAX_COMPARISONS = 500
+"""In a table of the page; `report.json` lists them all."""
 __all__ = ["ReportInput", "Run", "run"]
 
 
@@ -68,7 +72,7 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
     headline, sentences = verdict(found)
     page = _template().render(
         title=config.title or content.name, note=config.note, content=content, headline=headline, sentences=sentences,
-        found=found, charts=_charts(found), sets=_sets(content.runs, found), captions=said,
+        found=found, pairs=_pairs(found), charts=_charts(found), sets=_sets(content.runs, found), captions=said,
         beside=_beside(config.beside), grid=grid(content.arms, content.runs, config.num_prompts, found.lead),
         cards=captions(content.relabelled, content.styles, config.num_captions),
         metrics=content.runs[0].metrics, num_seeds=len({each.seed for each in content.runs}),
@@ -84,7 +88,7 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
 
 
 def find(content: ReportInput) -> Findings:
-    """Means over seeds, and every arm against the baseline."""
+    """Means over seeds, and all pairs of arms."""
     reference = load(content.statistics)[0] if content.statistics else None
     return Findings(content.arms, measures_of(content.runs[0].metrics), summarize(content.arms, content.runs),
                     compare(content.arms, content.runs, reference))
@@ -104,8 +108,8 @@ def _sets(runs: list[Run], found: Findings) -> list[dict[str, Any]]:
     rows = []
     for name in runs[0].metrics["sets"]:
         arms = []
-        for arm in found.arms:
-            values = [run.metrics["sets"][name] for run in runs if run.arm == arm]
+        for arm in [each.arm for each in found.summaries]:
+            values = [run.metrics["sets"].get(name, {}) for run in runs if run.arm == arm]
             arms.append([measure.text(_mean([each.get(measure.key) for each in values])) for measure in shown])
         rows.append({"set": name, "num": runs[0].metrics["sets"][name]["num_images"], "arms": arms,
                      "probe": name not in runs[0].metrics["headline_sets"]})
@@ -117,12 +121,35 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def _pairs(found: Findings) -> list[dict[str, str]]:
+    """A row for each comparison, in words: arms, measure, difference, interval, ratio, p and verdict."""
+    measures = {measure.key: measure for measure in found.measures}
+    rows = []
+    for each in found.comparisons[:MAX_COMPARISONS]:
+        if measure := measures.get(each["metric"]):
+            ratio = "" if each.get("ratio") is None else f"{each['ratio']:.2f}"
+            if each.get("ratio_ci"):
+                ratio += " ({:.2f} to {:.2f})".format(*each["ratio_ci"])
+            rows.append({"a": each["a"], "b": each["b"], "measure": f"{measure.label} {measure.arrow}",
+                         "difference": measure.change(each["difference"]), "interval": measure.interval(each),
+                         "ratio": ratio, "p": "" if each["p"] is None else p_text(each["p"]),
+                         "verdict": each["verdict"]})
+    return rows
+
+
+def spread(summary: ArmSummary, measure: Measure) -> str:
+    """Mean and standard deviation over seeds: `23.10 ± 0.42`, `63.2 ± 1.1 %`."""
+    mean, deviation = measure.text(summary.mean(measure)), measure.text(summary.spread(measure))
+    return mean if deviation == NONE else f"{mean.removesuffix(' %')} ± {deviation}"
+
+
 @dataclass(frozen=True)
 class _Besides:
     """Another run's result, and what it says."""
 
     about: Beside
     found: Findings
+    pairs: list[dict[str, str]]
     headline: str
     num_seeds: int
 
@@ -132,7 +159,14 @@ def _beside(path: str | None) -> _Besides | None:
         return None
     about = read_beside(path)
     found = about.findings()
-    return _Besides(about, found, verdict(found)[0], len({run.seed for run in about.runs}))
+    if len(found.arms) > MAX_ARMS:
+        raise UserError(f"report.beside: {path} has {len(found.arms):,} arms: at most {MAX_ARMS} can be shown")
+    if bad := [measure.key for measure in found.measures if not METRIC.fullmatch(measure.key)]:
+        raise UserError(f"report.beside: {path} calls a metric {bad[0][:40]!r}: names are like object_accuracy")
+    words = ("better", "worse", "can't tell")  # other words would be the file's own, in our sentences
+    if bad := [each["verdict"] for each in found.comparisons if each["verdict"] not in words]:
+        raise UserError(f"report.beside: {path} has a verdict {bad[0][:40]!r}: it is one of {', '.join(words)}")
+    return _Besides(about, found, _pairs(found), verdict(found)[0], len({run.seed for run in about.runs}))
 
 
 # --- charts --------------------------------------------------------------------------------------------------------
@@ -182,7 +216,8 @@ def _tone(found: Findings, arm: str, measure: Measure) -> str:
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"signed": signed, "duration": duration, "count": "{:,}".format, "p": p_text}
+    environment.globals["spread"] = spread
+    environment.filters |= {"signed": signed, "duration": duration, "count": "{:,}".format}
     return environment.get_template("report.html")
 
 
