@@ -97,6 +97,8 @@ class Finetune(Table):
     micro_batch_size: int | None = Field(None, ge=1)
     """Pairs in memory at once, gradients accumulated; by default the whole batch."""
     lr: float = Field(4e-5, gt=0)
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; `cosine` ends at zero."""
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     lora_rank: int = Field(16, ge=1)

@@ -119,10 +119,20 @@ def _train_step(captioner: Captioner, batch: list[Pair], styles: dict[str, Style
         raise UserError(f"finetune: the loss is {total} at step {step + 1}, with {keys}…: lower finetune.lr; "
                         "the last good checkpoint is kept")
     for group in optimizer.param_groups:
-        group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
+        group["lr"] = learning_rate(config, step)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
+
+
+def learning_rate(config: Finetune, step: int) -> float:
+    """The rate of step `step`, counted from 0: a linear warm-up, then as `lr_scheduler` says."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.lr_scheduler == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _log(stage: StageDir, step: int, losses: list[float], batch: list[Pair], bar: Any) -> None:
