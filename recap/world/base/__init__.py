@@ -51,8 +51,8 @@ def train_base(out: Path, parts: Iterable[str]) -> None:
 
 def _reads(part: str) -> dict[str, Any]:
     module, seed = _module(part)
-    settings = {"train": module.TRAIN} if hasattr(module, "TRAIN") else {"schedule": asdict(module.SCHEDULE)}
-    return {"seed": seed, "size": SIZE, **settings}
+    train = {"train": module.TRAIN} if hasattr(module, "TRAIN") else {}
+    return {"seed": seed, "size": SIZE, "schedule": asdict(module.SCHEDULE), **train}
 
 
 def _train(part: str, stage: StageDir, out: Path) -> dict[str, float]:

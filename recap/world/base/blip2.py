@@ -141,11 +141,14 @@ class NamesThings(nn.Module):
 
 
 def terse_caption(scene: Scene, rng: Random) -> str:
-    """A few words that are true of the scene: up to three shapes, perhaps where they are, perhaps the background."""
-    count = rng.randint(1, min(MAX_TERSE, len(scene.shapes)))
-    chosen = sorted(rng.sample(range(len(scene.shapes)), count))
+    """A few words that are true of the scene: up to three shapes, perhaps where they are, perhaps the background.
+
+    Shapes come in any order, as what people notice first does: in one order, a captioner would learn to look for the
+    next in it, not for one that it hasn't named.
+    """
+    chosen = rng.sample(scene.shapes, rng.randint(1, min(MAX_TERSE, len(scene.shapes))))
     with_size, with_place = rng.random() < 0.7, rng.random() < 0.7
-    parts = [_terse(scene.shapes[index], with_size, with_place) for index in chosen]
+    parts = [_terse(shape, with_size, with_place) for shape in chosen]
     parts = [scene.background.name] if rng.random() < 0.1 else parts
     if rng.random() < 0.4:
         parts.insert(rng.choice((0, len(parts))), scene.background.name)

@@ -44,7 +44,7 @@ def train(stage: StageDir, seed: int, size: int, schedule: Schedule = SCHEDULE) 
 
     def loss(step: int) -> torch.Tensor:
         pixels, scenes = drawings.batch(step, schedule.batch_size)
-        found: torch.Tensor = contrast(*model(_normalised(pixels), _tokens(scenes, step)))
+        found: torch.Tensor = contrast(*model(normalised(pixels), _tokens(scenes, step)))
         return found
 
     fit(stage, "clip", model, loss, schedule)
@@ -55,7 +55,7 @@ def train(stage: StageDir, seed: int, size: int, schedule: Schedule = SCHEDULE) 
         for step in range(10):
             scenes = held_out.scenes[100 * step:100 * (step + 1)]
             pixels = held_out.pixels[100 * step:100 * (step + 1)].float() / 127.5 - 1
-            images, texts, _ = model(_normalised(pixels), _tokens(scenes, -1 - step))
+            images, texts, _ = model(normalised(pixels), _tokens(scenes, -1 - step))
             hits += int(((images @ texts.T).argmax(1) == torch.arange(100)).sum())
     return {"nearest_of_100": hits / 1000}
 
@@ -73,7 +73,7 @@ def _sentence(text: str, rng: Random) -> str:
     return rng.choice([sentence for sentence in text.split(". ") if sentence]) if rng.random() < 0.3 else text
 
 
-def _normalised(pixels: torch.Tensor) -> torch.Tensor:
+def normalised(pixels: torch.Tensor) -> torch.Tensor:
     """[−1, 1] → CLIP's own mean and deviation."""
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
     return (pixels / 2 + 0.5 - mean) / std
