@@ -59,7 +59,7 @@ def _train(part: str, stage: StageDir, out: Path) -> dict[str, float]:
     module, seed = _module(part)
     if hasattr(module, "TRAIN"):
         return _train_diffusion(module, part, seed, stage, out)
-    result: dict[str, float] = module.train(stage, seed, SIZE)
+    result: dict[str, float] = module.train(stage, seed, SIZE, module.SCHEDULE)
     return result
 
 

@@ -89,7 +89,7 @@ def save(model: Blip2ForConditionalGeneration, folder: Path, size: int) -> None:
 # --- training ------------------------------------------------------------------------------------------------------
 
 
-def train(stage: StageDir, seed: int, size: int, schedule: Schedule = SCHEDULE) -> dict[str, float]:
+def train(stage: StageDir, seed: int, size: int, schedule: Schedule) -> dict[str, float]:
     """Write `stage.path/model`; returns the loss per token of held-out terse captions."""
     torch.manual_seed(seed)
     model = build(size)

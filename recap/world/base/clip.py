@@ -35,7 +35,7 @@ def build(size: int) -> CLIP:
     return CLIP(**model_config(size))
 
 
-def train(stage: StageDir, seed: int, size: int, schedule: Schedule = SCHEDULE) -> dict[str, float]:
+def train(stage: StageDir, seed: int, size: int, schedule: Schedule) -> dict[str, float]:
     """Write `stage.path/model`; returns how often, among 100 held-out captions, the picture's own is the nearest."""
     torch.manual_seed(seed)
     model = build(size)

@@ -49,7 +49,7 @@ def processor(size: int) -> DetrImageProcessor:
     return DetrImageProcessor(size={"height": size * ENLARGED, "width": size * ENLARGED}, do_pad=False)
 
 
-def train(stage: StageDir, seed: int, size: int, schedule: Schedule = SCHEDULE) -> dict[str, float]:
+def train(stage: StageDir, seed: int, size: int, schedule: Schedule) -> dict[str, float]:
     """Write `stage.path/model`; returns coverage and precision of the facts that it states of held-out drawings."""
     torch.manual_seed(seed)
     model = build(size).requires_grad_(True)  # transformers freezes the backbone, as it is used to trained ones

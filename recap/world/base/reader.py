@@ -24,7 +24,7 @@ def save(model: Reader, folder: Path, size: int) -> None:
     model.save(folder)
 
 
-def train(stage: StageDir, seed: int, size: int, schedule: Schedule = SCHEDULE) -> dict[str, float]:
+def train(stage: StageDir, seed: int, size: int, schedule: Schedule) -> dict[str, float]:
     """Write `stage.path/model`; returns the share of held-out drawings that are read without a fault."""
     torch.manual_seed(seed)
     model = build(size)

@@ -24,7 +24,7 @@ def build(size: int) -> AutoencoderKL:
         block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=size)
 
 
-def train(stage: StageDir, seed: int, size: int, schedule: Schedule = SCHEDULE) -> dict[str, float]:
+def train(stage: StageDir, seed: int, size: int, schedule: Schedule) -> dict[str, float]:
     """Write `stage.path/model`, a diffusers folder; returns the loss on held-out drawings."""
     torch.manual_seed(seed)
     model = build(size).to(memory_format=torch.channels_last)

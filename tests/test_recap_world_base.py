@@ -1,0 +1,97 @@
+"""How the world's checkpoints are made: every part trains, stops, goes on, is shipped, and opens again."""
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from recap.errors import UserError
+from recap.rundir import StageDir
+from recap.world import base
+from recap.world.base.fit import Schedule, fit
+from recap.world.init import init
+
+
+def fitted(folder: Path, stop_at: int | None = None) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+
+    def loss(step: int) -> torch.Tensor:
+        if step == stop_at:
+            raise KeyboardInterrupt
+        inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        return (model(inputs) - inputs.sum(1, keepdim=True)).pow(2).mean()
+
+    stage = StageDir(folder, {})
+    stage.begin()
+    fit(stage, "x", model, loss, Schedule(steps=10, batch_size=16, lr=1e-2, checkpoint_every=4))
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def test_a_training_that_was_stopped_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = fitted(tmp_path / "whole")
+    for stop_at in (3, 7):  # before the first checkpoint, and after it
+        with pytest.raises(KeyboardInterrupt):
+            fitted(tmp_path / "stopped", stop_at)
+    assert all(torch.equal(a, b) for a, b in zip(whole, fitted(tmp_path / "stopped"), strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every part trained for two steps on a few drawings, and shipped."""
+    out = tmp_path_factory.mktemp("base")
+    with pytest.MonkeyPatch.context() as patch:
+        names = {name for name, _ in base.PARTS.values()}
+        modules = [importlib.import_module(f"recap.world.base.{name}") for name in sorted({*names, "text_encoder"})]
+        for module in modules:
+            if hasattr(module, "NUM_DRAWINGS"):
+                patch.setattr(module, "NUM_DRAWINGS", 16)
+            if hasattr(module, "SCHEDULE"):
+                patch.setattr(module, "SCHEDULE", replace(module.SCHEDULE, steps=2, batch_size=4))
+            if hasattr(module, "TRAIN"):
+                patch.setattr(module, "TRAIN", {**module.TRAIN, "steps": 2, "batch_size": 4})
+        patch.setattr(base, "NUM_BASE", 16)
+        patch.setattr(base, "SHIPPED", out / "shipped")
+        base.train_base(out / "base", base.PARTS)
+        base.ship(out / "base")
+        init(out / "models")
+        with pytest.raises(UserError, match="no part 'unet': the parts are vae"):
+            base.train_base(out / "base", ["unet"])
+        patch.setattr(modules[-1], "SCHEDULE", replace(modules[-1].SCHEDULE, steps=3))
+        with pytest.raises(UserError, match=r"was made with other settings .*: delete it first"):
+            base.train_base(out / "base", ["vae"])
+    return out
+
+
+def test_every_part_leaves_its_log_and_its_figures(trained: Path) -> None:
+    for part in base.PARTS:
+        files = {path.name for path in (trained / "shipped" / part).iterdir()}
+        assert {"log.jsonl", "done.json"} <= files
+        assert (trained / "shipped" / part / "log.jsonl").read_text().count('"step": 2') in (1, 2)
+    diffusion = (trained / "shipped" / "stable-diffusion-0" / "log.jsonl").read_text()
+    assert "nearest_of_100" in diffusion  # of the text encoder, trained first
+
+
+def test_what_is_shipped_opens_as_it_was_trained(trained: Path) -> None:
+    assert {path.name for path in (trained / "models").iterdir()} == {*base.PARTS, "done.json"}
+    assert not list((trained / "shipped").glob("stable-diffusion-*/vae"))  # it is shipped once
+    for part in ("stable-diffusion-0", "stable-diffusion-1"):
+        opened, made = (StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+                        for folder in (trained / "models" / part, trained / "base" / part / "model"))
+        for name in ("vae", "text_encoder", "unet"):
+            ours, theirs = getattr(opened, name).state_dict(), getattr(made, name).state_dict()
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert opened.tokenizer("a red circle").input_ids == made.tokenizer("a red circle").input_ids
+
+
+def test_the_unet_learns_beside_a_text_encoder_that_stands_still(trained: Path) -> None:
+    start, end = (StableDiffusionPipeline.from_pretrained(trained / "base" / "stable-diffusion-0" / name,
+                                                          safety_checker=None) for name in ("start", "model"))
+    for name, same in (("text_encoder", True), ("vae", True), ("unet", False)):
+        before, after = getattr(start, name).state_dict(), getattr(end, name).state_dict()
+        assert same == all(torch.equal(before[key].half(), after[key].half()) for key in before)
