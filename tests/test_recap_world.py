@@ -1,6 +1,7 @@
 """The drawn world: shards as the web's, alt-text with fixed shares, checkpoints that the real libraries open."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
@@ -204,6 +206,22 @@ def test_alt_text_keeps_its_shares_and_says_what_its_kind_promises() -> None:
             case "whole":
                 assert all(shape.name in text for shape in scene.shapes)
     assert {kind: pytest.approx(count / 3000, abs=0.03) for kind, count in kinds.items()} == ALT_SHARES
+
+
+def test_alt_text_has_the_form_of_the_webs(shared_data: Path) -> None:
+    """Figures and separators as often as real alt-text has them; shorter, and more often a file's name, as in no
+    filtered collection: recap/world/README.md gives the shares.
+    """
+    rows = pq.read_table(shared_data / "alttext" / "web_alttext_10000.parquet").column("TEXT").to_pylist()
+    web, ours = [text for text in rows if text], [alt_text(draw_scene(Random(i)), Random(i))[1] for i in range(3000)]
+
+    def share(pattern: str, texts: list[str]) -> float:
+        return sum(re.search(pattern, text, re.I) is not None for text in texts) / len(texts)
+
+    for pattern in (r"\d", r" [|–:-] "):
+        assert share(pattern, ours) == pytest.approx(share(pattern, web), abs=0.1)
+    file_name = r"\.(?:jpe?g|png|gif|webp)\b|^(?:img|dsc)[_\d]|https?:"
+    assert share(file_name, web) < share(file_name, ours) < 0.2
 
 
 def test_exact_descriptions_name_everything() -> None:
