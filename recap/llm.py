@@ -40,7 +40,7 @@ BIDI_AND_INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\
 class TemplateWriter:
     """Facts in English sentences. The same facts always give the same captions."""
 
-    provenance: ClassVar[dict[str, Any]] = {"name": "template", "version": 2}
+    provenance: ClassVar[dict[str, Any]] = {"name": "template", "version": 3}
 
     def write(self, facts: Facts, size: tuple[int, int], styles: Iterable[str]) -> dict[str, str]:
         """One caption per style: never empty, bounded in length, one line, no control characters.
@@ -145,6 +145,16 @@ class _Seen:
     y: float
     area: float
 
+    @property
+    def row(self) -> int:
+        """0 in the top third of the picture, 1 in the middle, 2 at the bottom."""
+        return min(int(self.y * 3), 2)
+
+    @property
+    def column(self) -> int:
+        """0 in the left third of the picture, 1 in the middle, 2 on the right."""
+        return min(int(self.x * 3), 2)
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -168,18 +178,29 @@ class _Scene:
         for found in facts.objects:
             if label := _clean(found.label, MAX_LABEL):
                 groups.setdefault(label, []).append(_seen(found, size))
-        by_area = sorted(groups.items(), key=lambda item: (-sum(seen.area for seen in item[1]), item[0]))
+        largest_first = sorted(groups.items(), key=lambda item: _rank(item[0], item[1]))
         tags = [_clean(tag.label, MAX_LABEL) for tag in sorted(facts.tags, key=lambda tag: (-tag.score, tag.label))]
         said = [_clean(sentence.text, 300) for sentence in facts.sentences if sentence.reliable]
         heard = [_clean(html.unescape(said.text), MAX_ALT_TEXT) for said in facts.sentences
                  if not said.reliable and looks_like_words(said.text)]
         return cls(
-            groups=[_Group(label, sorted(seen, key=lambda s: (s.y, s.x))) for label, seen in by_area],
+            groups=[_Group(label, sorted(seen, key=lambda one: (one.row, one.column, one.x)))
+                    for label, seen in largest_first],
             tags=[tag for tag in tags if tag and tag not in groups],
             said=[_sentence(text) for text in said if text],
             writing=[line for text in facts.text if (line := _clean(text, MAX_LABEL))],
             hearsay=[text for text in heard if text],
         )
+
+
+def _rank(label: str, seen: list[_Seen]) -> tuple[int, int, int, str]:
+    """Large things before small ones, as `SIZES` has them; then as one reads, by the nine parts of the picture.
+
+    An order that can be seen: by areas themselves, things of a size would come in an order that no captioner can learn.
+    """
+    band = next((place for place, (limit, _) in enumerate(SIZES) if sum(one.area for one in seen) <= limit), len(SIZES))
+    first = min(seen, key=lambda one: (one.row, one.column))
+    return -band, first.row, first.column, label
 
 
 def _seen(found: Object, size: tuple[int, int]) -> _Seen:
@@ -216,9 +237,8 @@ def _fills(group: _Group) -> bool:
 
 
 def _place(seen: _Seen) -> str:
-    """One of the nine parts of the picture, by the centre of the box."""
-    row = "top" if seen.y < 1 / 3 else "bottom" if seen.y > 2 / 3 else ""
-    column = "left" if seen.x < 1 / 3 else "right" if seen.x > 2 / 3 else ""
+    """One of the nine parts of the picture."""
+    row, column = ("top", "", "bottom")[seen.row], ("left", "", "right")[seen.column]
     if row and column:
         return f"at the {row} {column}"
     return f"at the {row}" if row else f"on the {column}" if column else "in the centre"

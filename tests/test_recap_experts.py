@@ -170,6 +170,17 @@ def test_captions_count_place_and_size() -> None:
     assert captions["rich"].startswith(captions["long"])
 
 
+@given(st.lists(st.floats(0.1, 2.9), min_size=4, max_size=4))
+def test_things_of_a_size_come_in_reading_order_however_large_they_are_exactly(jitter: list[float]) -> None:
+    corners = {"dog": (4, 70), "cat": (68, 2), "ball": (40, 72), "kite": (3, 3)}  # each some 15 pixels wide
+    things = [seen(name, x, y, x + 14 + wider, y + 14 + wider)
+              for (name, (x, y)), wider in zip(corners.items(), jitter, strict=True)]
+    captions = write(Facts([*things, seen("tree", 30, 20, 70, 66)]))
+    assert captions["short"] == "A tree, a kite, a cat and other objects."
+    assert captions["long"].startswith("The picture shows a tree in the centre, a kite at the top left, a cat at the "
+                                       "top right, a dog at the bottom left and a ball at the bottom.")
+
+
 def test_single_objects_are_placed_relative_to_one_another() -> None:
     rich = write(Facts([seen("dog", 0, 40, 40, 80), seen("umbrella", 70, 40, 90, 60)]))["rich"]
     assert "The umbrella is to the right of the dog." in rich
