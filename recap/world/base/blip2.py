@@ -22,7 +22,7 @@ from recap.world.reader import HEADS, reader_loss, targets
 from recap.world.scene import Scene, Shape, draw_scene
 from recap.world.words import alt_text, describe
 
-SCHEDULE = Schedule(steps=6000, batch_size=32, lr=1e-3, warmup_steps=300)
+SCHEDULE = Schedule(steps=10_000, batch_size=32, lr=1e-3, warmup_steps=300)
 NUM_DRAWINGS = 40_000
 NUM_QUERY_TOKENS = 16
 TEXT_SHARE = 0.25
