@@ -14,6 +14,7 @@ from recap.captioners import Captioner, open_captioner
 from recap.config import Captioner as CaptionerConfig
 from recap.config import Finetune, Style
 from recap.errors import BadSample, UserError
+from recap.learning_rate import learning_rate
 from recap.rundir import StageDir, hash_files
 from recap.sample import decode_image
 from recap.shards import Reject, read_shard
@@ -123,16 +124,6 @@ def _train_step(captioner: Captioner, batch: list[Pair], styles: dict[str, Style
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return total
-
-
-def learning_rate(config: Finetune, step: int) -> float:
-    """The rate of step `step`, counted from 0: a linear warm-up, then as `lr_scheduler` says."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.lr_scheduler == "constant":
-        return config.lr
-    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def _log(stage: StageDir, step: int, losses: list[float], batch: list[Pair], bar: Any) -> None:

@@ -13,7 +13,7 @@ from recap import finetune
 from recap.captioners import open_captioner
 from recap.config import DEFAULT_STYLES, Captioner, Finetune
 from recap.errors import UserError
-from recap.finetune import Pair, draw_batch, learning_rate, load_pairs, run
+from recap.finetune import Pair, draw_batch, load_pairs, run
 from recap.rundir import StageDir
 from recap.shards import Reject, ShardWriter, read_shard
 
@@ -113,16 +113,3 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_images(stitched: list[str
                                                               tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the loss is (nan|inf).*00000/"):
         tuned(tmp_path, stitched, world_models, QUICK.model_copy(update={"lr": 1e30}))
-
-
-@given(st.integers(1, 300), st.integers(0, 400), st.sampled_from(["constant", "cosine"]))
-def test_the_rate_rises_to_its_height_and_stays_or_falls_to_zero(steps: int, warmup_steps: int, scheduler: str) -> None:
-    config = Finetune.model_validate({"steps": steps, "warmup_steps": warmup_steps, "lr_scheduler": scheduler, "lr": 1})
-    rates = [learning_rate(config, step) for step in range(steps)]
-    risen, after = rates[:warmup_steps], rates[warmup_steps:]
-    assert all(0 < rate <= 1 for rate in rates) and risen == sorted(risen)
-    assert after == sorted(after, reverse=True) and after[:1] in ([], [1])
-    if scheduler == "constant":
-        assert set(after) <= {1}
-    elif len(after) > 20:
-        assert after[-1] < 0.01

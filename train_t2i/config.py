@@ -44,6 +44,8 @@ class Train(Model):
     micro_batch_size: int | None = Field(None, ge=1)
     """Images in memory at once on one process, gradients accumulated; by default all."""
     lr: float = Field(1e-5, gt=0)
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; `cosine` ends at zero."""
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
 
 from recap import checkpoint, progress
+from recap.learning_rate import learning_rate
 from recap.rundir import StageDir
 from train_t2i.config import Arm, Train
 from train_t2i.data import Batch, Stream
@@ -47,7 +48,7 @@ def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, 
             batch = stream.take(config.batch_size, accelerator.process_index, accelerator.num_processes)
             losses.append(_backward(accelerator, ddp, batch, config))
             accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-            set_lr(optimizer, config.lr * min(1, (step + 1) / max(1, config.warmup_steps)))
+            set_lr(optimizer, learning_rate(config, step))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update(model, step)

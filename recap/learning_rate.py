@@ -1,0 +1,23 @@
+"""The learning rate of a step, for both trainings."""
+
+import math
+from typing import Literal, Protocol
+
+
+class Scheduled(Protocol):
+    """What a training's table says of it."""
+
+    steps: int
+    lr: float
+    lr_scheduler: Literal["constant", "cosine"]
+    warmup_steps: int
+
+
+def learning_rate(config: Scheduled, step: int) -> float:
+    """The rate of step `step`, counted from 0: a linear warm-up, then as `lr_scheduler` says."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.lr_scheduler == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
