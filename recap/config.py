@@ -53,6 +53,10 @@ class Style(Table):
     """The fixed conditioning prompt of this style, given to the captioner in training and in relabelling."""
     max_new_tokens: int = Field(64, ge=1)
     """The longest caption, in tokens of the captioner's language model."""
+    num_beams: int = Field(1, ge=1)
+    """Beams of the search; 1 is greedy."""
+    no_repeat_ngram_size: int = Field(0, ge=0)
+    """A caption never repeats so many of its tokens in a row; 0 allows it."""
 
 
 DEFAULT_STYLES = {

@@ -112,7 +112,7 @@ def _provenance(labeller: Labeller, name: str, caption: Caption) -> dict[str, An
     windows = split(caption.text, clip_tokenizer())
     flags = [flag for flag, holds in {"empty": not caption.text, "not_ended": not caption.ended}.items() if holds]
     return {**labeller.source, "prompt": style.prompt,
-            "decoding": {"max_new_tokens": style.max_new_tokens, "num_beams": 1},
+            "decoding": style.model_dump(exclude={"prompt"}),
             "num_clip_tokens": windows.num_tokens, "num_clip_windows": len(windows.ids),
             "scores": {}, "flags": flags}
 

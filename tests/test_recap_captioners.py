@@ -68,13 +68,34 @@ def test_a_tuned_captioner_says_what_it_learned_in_the_style_asked_for_and_ends(
         assert all(caption.ended for caption in found)
 
 
-def test_a_caption_does_not_depend_on_its_neighbours(tuned: Blip2) -> None:
+@pytest.mark.parametrize("decoding", [{}, {"num_beams": 3, "no_repeat_ngram_size": 4}])
+def test_a_caption_does_not_depend_on_its_neighbours(tuned: Blip2, decoding: dict[str, int]) -> None:
+    style = PROMPTS["long"].model_copy(update=decoding)
     images = [Image.radial_gradient("L").convert("RGB").rotate(30 * turn) for turn in range(4)] + pictures()
     pixels = tuned.preprocess(images)
-    together = tuned.caption(tuned.encode(pixels), PROMPTS["long"])
-    alone = [tuned.caption(tuned.encode(pixels[i:i + 1]), PROMPTS["long"])[0] for i in range(len(images))]
-    backwards = tuned.caption(tuned.encode(pixels.flip(0)), PROMPTS["long"])[::-1]
+    together = tuned.caption(tuned.encode(pixels), style)
+    alone = [tuned.caption(tuned.encode(pixels[i:i + 1]), style)[0] for i in range(len(images))]
+    backwards = tuned.caption(tuned.encode(pixels.flip(0)), style)[::-1]
     assert together == alone == backwards
+
+
+def test_beams_find_captions_that_are_at_least_as_likely(tuned: Blip2) -> None:
+    images = [Image.radial_gradient("L").convert("RGB").rotate(30 * turn) for turn in range(4)]
+    pixels = tuned.preprocess(images)
+    losses = []
+    for num_beams in (1, 4):
+        style = PROMPTS["long"].model_copy(update={"num_beams": num_beams})
+        found = tuned.caption(tuned.encode(pixels), style)
+        with torch.no_grad():
+            losses.append([tuned.loss(pixels[i:i + 1], [style.prompt], [found[i].text]).item() for i in range(4)])
+    assert all(beams <= greedy + 1e-4 for greedy, beams in zip(*losses, strict=True))
+
+
+def test_no_run_of_tokens_comes_twice_where_that_is_forbidden(tuned: Blip2) -> None:
+    features = tuned.encode(tuned.preprocess(pictures()))
+    for forbidden, times in ((0, 2), (1, 1)):  # "… from its left to its right."
+        found = tuned.caption(features, PROMPTS["long"].model_copy(update={"no_repeat_ngram_size": forbidden}))
+        assert [caption.text.split().count("its") for caption in found] == [times] * len(found)
 
 
 def test_the_loss_of_a_pair_does_not_depend_on_its_neighbours(tuned: Blip2) -> None:

@@ -76,8 +76,8 @@ class Blip2:
         embeds = torch.cat([features, text], dim=1)
         ids = self.base.language_model.generate(
             inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            max_new_tokens=style.max_new_tokens, do_sample=False, num_beams=1, eos_token_id=self.eos,
-            pad_token_id=self.pad)
+            max_new_tokens=style.max_new_tokens, do_sample=False, num_beams=style.num_beams,
+            no_repeat_ngram_size=style.no_repeat_ngram_size, eos_token_id=self.eos, pad_token_id=self.pad)
         return [self._read(row) for row in ids.tolist()]
 
     def loss(self, pixel_values: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
