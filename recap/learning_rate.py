@@ -7,10 +7,14 @@ from typing import Literal, Protocol
 class Scheduled(Protocol):
     """What a training's table says of it."""
 
-    steps: int
-    lr: float
-    lr_scheduler: Literal["constant", "cosine"]
-    warmup_steps: int
+    @property
+    def steps(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def lr_scheduler(self) -> Literal["constant", "cosine"]: ...
+    @property
+    def warmup_steps(self) -> int: ...
 
 
 def learning_rate(config: Scheduled, step: int) -> float:
