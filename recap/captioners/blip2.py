@@ -5,6 +5,7 @@ number of placeholders makes transformers ignore the image, or mix the images of
 """
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any, Self
 
@@ -74,10 +75,13 @@ class Blip2:
         prompt = torch.tensor([self._prompt_ids(style.prompt)], device=features.device)
         text = self.base.get_input_embeddings()(prompt).to(features.dtype).expand(len(features), -1, -1)
         embeds = torch.cat([features, text], dim=1)
-        ids = self.base.language_model.generate(
-            inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
-            max_new_tokens=style.max_new_tokens, do_sample=False, num_beams=style.num_beams,
-            no_repeat_ngram_size=style.no_repeat_ngram_size, eos_token_id=self.eos, pad_token_id=self.pad)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Passing `no_repeat_ngram_size`")  # what the prompt says may be repeated
+            ids = self.base.language_model.generate(
+                inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long,
+                                                                device=embeds.device),
+                max_new_tokens=style.max_new_tokens, do_sample=False, num_beams=style.num_beams,
+                no_repeat_ngram_size=style.no_repeat_ngram_size, eos_token_id=self.eos, pad_token_id=self.pad)
         return [self._read(row) for row in ids.tolist()]
 
     def loss(self, pixel_values: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
