@@ -4,17 +4,22 @@ import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from recap.errors import UserError
 from recap.rundir import StageDir
 from recap.world import base
 from recap.world.base.fit import Schedule, fit
+from recap.world.base.text_encoder import rearranged
 from recap.world.init import init
+from recap.world.scene import JITTER, PLACES, draw_scene
 
 
 def fitted(folder: Path, stop_at: int | None = None) -> list[torch.Tensor]:
@@ -52,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             if hasattr(module, "NUM_DRAWINGS"):
                 patch.setattr(module, "NUM_DRAWINGS", 16)
             if hasattr(module, "SCHEDULE"):
-                patch.setattr(module, "SCHEDULE", replace(module.SCHEDULE, steps=2, batch_size=4))
+                patch.setattr(module, "SCHEDULE", replace(module.SCHEDULE, steps=2, batch_size=8))
             if hasattr(module, "TRAIN"):
                 patch.setattr(module, "TRAIN", {**module.TRAIN, "steps": 2, "batch_size": 4})
         patch.setattr(base, "NUM_BASE", 16)
@@ -87,6 +92,18 @@ def test_what_is_shipped_opens_as_it_was_trained(trained: Path) -> None:
             ours, theirs = getattr(opened, name).state_dict(), getattr(made, name).state_dict()
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
         assert opened.tokenizer("a red circle").input_ids == made.tokenizer("a red circle").input_ids
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_a_family_shows_the_same_things_in_other_places(seed: int, num_shapes: int) -> None:
+    scene = draw_scene(Random(seed), num_shapes)
+    moved = rearranged(scene, Random(-seed))
+    assert sorted(shape.full_name for shape in moved.shapes) == sorted(shape.full_name for shape in scene.shapes)
+    assert moved.background == scene.background
+    order = [list(PLACES).index(shape.place) for shape in moved.shapes]
+    assert order == sorted(set(order))  # reading order, no place twice
+    assert all(max(abs(shape.x - PLACES[shape.place][0]), abs(shape.y - PLACES[shape.place][1])) < JITTER + 1e-9
+               for shape in moved.shapes)
 
 
 def test_the_unet_learns_beside_a_text_encoder_that_stands_still(trained: Path) -> None:

@@ -56,6 +56,20 @@ def clean_alt_text(scene: Scene) -> str:
     return ", ".join([f"{shape.full_name} {shape.place}" for shape in scene.shapes] + [scene.background.name])
 
 
+def careful_alt_text(scene: Scene, rng: Random) -> str:
+    """The same in one of the ways in which careful people write it."""
+    background = scene.background
+    named = [(shape.full_name, shape.place) for shape in scene.shapes]
+    return rng.choice((
+        clean_alt_text(scene),
+        f"{background.name} with {', '.join(f'{name} ({place})' for name, place in named)}",
+        f"{', '.join(f'{place}: {name}' for name, place in named)}; {background.name}",
+        f"{_joined([f'a {name} on the {place}' for name, place in named])}, {background.name}",
+        f"shapes on {background.pattern} {background.colour}: "
+        f"{' + '.join(f'{name} {place}' for name, place in named)}",
+    ))
+
+
 def _shop_talk(rng: Random) -> str:
     return rng.choice((*TALK, *FILES)).format(
         item=rng.choice(ITEMS), seller=rng.choice(SELLERS), size=rng.choice("SML"), year=rng.randint(2009, 2023),
