@@ -1,8 +1,8 @@
-"""The base diffusion model: Stable Diffusion in the small, trained from scratch on the world's alt-text.
+"""The base diffusion model: Stable Diffusion in the small, its UNet trained from scratch on the world's alt-text.
 
-As Stable Diffusion 1.x was made: the text encoder is CLIP's, learnt from pictures and their alt-text; it stays as it is
-while the UNet learns, by the product's own loop, as one arm of an experiment: `alt`, on shards of its own. Without a
-trained text encoder the UNet still drew no shape that its caption asked for after 14,000 steps.
+As Stable Diffusion 1.x was made: the text encoder is CLIP's, learnt from pairs of its own; it stays as it is while the
+UNet learns, by the product's own loop, as one arm of an experiment: `alt`, on shards of its own. Without a trained text
+encoder the UNet still drew no shape that its caption asked for after 14,000 steps.
 """
 
 from pathlib import Path
@@ -78,7 +78,7 @@ def train(stage: StageDir, seed: int, size: int, vae: Path, shards: str) -> dict
 
 
 def _begin(stage: StageDir, start: Path, seed: int, size: int, vae: Path) -> None:
-    """Write the pipeline that the UNet's training starts from: it has read alt-text, and never drawn."""
+    """Write the pipeline that the UNet's training starts from: it can read, and has never drawn."""
     torch.manual_seed(seed)
     pipeline = build(size, AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32))
     text_encoder.train(stage, pipeline.text_encoder, seed, size, SCHEDULE)
