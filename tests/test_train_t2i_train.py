@@ -64,3 +64,14 @@ def test_unet_and_text_encoder_both_change_and_the_vae_does_not(world_models: Pa
     vae = "vae/diffusion_pytorch_model.safetensors"
     before, now = load_file(world_models / "stable-diffusion-0" / vae), load_file(tmp_path / "pipeline" / vae)
     assert all(torch.equal(before[name], now[name]) for name in before)
+
+
+def test_the_text_encoder_can_learn_at_a_rate_of_its_own(world_models: Path, world_shards: Path,
+                                                         tmp_path: Path) -> None:
+    settings = config(world_models, ema_decay=0.0, weight_decay=0.0, text_encoder_lr=1e-5)
+    after, moved = trained(tmp_path, world_shards, settings), {}
+    for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
+        before = load_file(world_models / "stable-diffusion-0" / part / f"{file}.safetensors")
+        moved[part] = max((after[f"{part}.{name}"] - tensor).abs().max().item() for name, tensor in before.items())
+    assert moved["unet"] > 1e-3
+    assert 0 < moved["text_encoder"] < 1e-4  # five steps, none of which is much longer than the rate

@@ -56,6 +56,8 @@ class Train(Model):
     max_windows: int = Field(4, ge=1)
     """CLIP windows of 75 content tokens a caption; what is beyond is cut, counted and logged."""
     train_text_encoder: bool = True
+    text_encoder_lr: float | None = Field(None, gt=0)
+    """By default `lr`; it warms up and falls in step with it."""
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     """Of UNet and text encoder; warmed up as (1 + step) / (10 + step)."""
     shuffle_buffer: int = Field(1000, ge=1)

@@ -37,7 +37,7 @@ def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, 
     pipe = load_pipeline(config, "train", str(accelerator.device))
     model = Diffusion(pipe, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=True)
     ema, stream = EMA(model, config.ema_decay), Stream(shards, arm, config, seed)
     start = _resume(stage.path, model, optimizer, ema, stream)
     ddp, optimizer = accelerator.prepare(model, optimizer)
@@ -48,7 +48,8 @@ def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, 
             batch = stream.take(config.batch_size, accelerator.process_index, accelerator.num_processes)
             losses.append(_backward(accelerator, ddp, batch, config))
             accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-            set_lr(optimizer, learning_rate(config, step))
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * learning_rate(config, step) / config.lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             ema.update(model, step)
@@ -73,9 +74,11 @@ def _backward(accelerator: Accelerator, ddp: torch.nn.Module, batch: Batch, conf
     return total
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def parameter_groups(model: Diffusion, config: Train) -> list[dict[str, Any]]:
+    """What the optimizer trains, each part at the learning rate that it rises to."""
+    peaks = [(model.unet, config.lr), (model.text_encoder, config.text_encoder_lr or config.lr)]
+    return [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr, "peak_lr": lr}
+            for part, lr in peaks if any(p.requires_grad for p in part.parameters())]
 
 
 def _log(stage: StageDir, step: int, losses: list[torch.Tensor], bar: Any, accelerator: Accelerator) -> None:
