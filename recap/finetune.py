@@ -12,7 +12,7 @@ import torch
 from recap import checkpoint, progress
 from recap.captioners import Captioner, open_captioner
 from recap.config import Captioner as CaptionerConfig
-from recap.config import Finetune, Style
+from recap.config import Finetune
 from recap.errors import BadSample, UserError
 from recap.learning_rate import learning_rate
 from recap.rundir import StageDir, hash_files
@@ -33,12 +33,16 @@ class Pair:
 
 
 def run(stage: StageDir, shards: list[str], config: Finetune, captioner_config: CaptionerConfig,
-        styles: dict[str, Style], device: str) -> dict[str, Any]:
-    """Train on every (image, style) pair of the shards; `stage.path/adapter` is the result."""
+        prompts: dict[str, str], device: str) -> dict[str, Any]:
+    """Train on every (image, style) pair of the shards; `stage.path/adapter` is the result.
+
+    Args:
+        prompts: what the captioner is asked, by style.
+    """
     captioner = open_captioner(captioner_config, device)
     torch.manual_seed(config.seed)  # the adapter's first weights
     captioner.add_adapter(config)
-    pairs, num_cut = load_pairs(shards, list(styles), captioner, config.max_tokens)
+    pairs, num_cut = load_pairs(shards, list(prompts), captioner, config.max_tokens)
     if num_cut:
         progress.warn(f"{num_cut} captions were longer than finetune.max_tokens={config.max_tokens} and cut")
     parameters = captioner.trainable()
@@ -50,7 +54,7 @@ def run(stage: StageDir, shards: list[str], config: Finetune, captioner_config: 
         for step in range(start, config.steps):
             torch.manual_seed(config.seed * 1_000_003 + step)  # dropout
             batch = draw_batch(pairs, step, config.batch_size, config.seed)
-            losses.append(_train_step(captioner, batch, styles, optimizer, config, step))
+            losses.append(_train_step(captioner, batch, prompts, optimizer, config, step))
             bar.update(config.batch_size)
             if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
                 _log(stage, step + 1, losses, batch, bar)
@@ -102,7 +106,7 @@ def _order(count: int, epoch: int, seed: int) -> list[int]:
     return order
 
 
-def _train_step(captioner: Captioner, batch: list[Pair], styles: dict[str, Style], optimizer: torch.optim.Optimizer,
+def _train_step(captioner: Captioner, batch: list[Pair], prompts: dict[str, str], optimizer: torch.optim.Optimizer,
                 config: Finetune, step: int) -> float:
     """One optimizer step on the batch's mean loss; the loss."""
     size = config.micro_batch_size or len(batch)
@@ -111,7 +115,7 @@ def _train_step(captioner: Captioner, batch: list[Pair], styles: dict[str, Style
     for start in range(0, len(batch), size):
         part = batch[start:start + size]
         pixels = captioner.preprocess([decode_image(pair.image) for pair in part])
-        loss = captioner.loss(pixels, [styles[pair.style].prompt for pair in part], [pair.caption for pair in part])
+        loss = captioner.loss(pixels, [prompts[pair.style] for pair in part], [pair.caption for pair in part])
         share = sum(num_tokens[start:start + size]) / sum(num_tokens)  # the loss is a mean over tokens, not pairs
         (loss * share).backward()
         total += loss.item() * share

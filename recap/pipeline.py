@@ -142,9 +142,9 @@ def _do(stage: Stage, label: str, redo: bool) -> None:
         progress.say(f"{label}: done before")
         return
     for need in stage.needs:
-        if need.dir.state() != "done":
-            raise UserError(f"{stage.verb}: {need.path} is not done: run `recap {need.verb} -c …` first, "
-                            "or `recap run -c …`")
+        if (found := need.dir.state()) != "done":
+            why = f"was made with other settings ({need.dir.changes()[0]})" if found == "changed" else "is not done"
+            raise UserError(f"{stage.verb}: {need.path} {why}: run `recap {need.verb} -c …` first, or `recap run -c …`")
     if state == "changed":
         _refuse_or_clear(stage, redo)
     progress.say(label)
@@ -225,11 +225,12 @@ class Plan:
     def finetune(self, stitch: Stage | None) -> Stage:
         exp = self.exp
         inputs = self._shards(exp.finetune.shards, "finetune.shards")
+        prompts = {name: style.prompt for name, style in exp.styles.items()}  # how captions are decoded, it never sees
         return self._stage("finetune", "captioner", "recap.finetune:run", [stitch], lambda: {
-            "finetune": exp.finetune, "styles": exp.styles, "captioner": exp.captioner,
+            "finetune": exp.finetune, "prompts": prompts, "captioner": exp.captioner,
             "inputs": stitch.dir.fingerprint if stitch else inputs.identity,
             "checkpoint": _checkpoint(exp.captioner, "captioner"),
-        }, lambda: (_written(stitch) or inputs.urls, exp.finetune, exp.captioner, exp.styles, self.device))
+        }, lambda: (_written(stitch) or inputs.urls, exp.finetune, exp.captioner, prompts, self.device))
 
     def relabel(self, finetune: Stage | None) -> Stage:
         exp = self.exp

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from recap import finetune
 from recap.captioners import open_captioner
-from recap.config import DEFAULT_STYLES, Captioner, Finetune
+from recap.config import Captioner, Finetune
 from recap.errors import UserError
 from recap.finetune import Pair, draw_batch, load_pairs, run
 from recap.rundir import StageDir
 from recap.shards import Reject, ShardWriter, read_shard
 
 QUICK = Finetune(steps=6, batch_size=4, micro_batch_size=2, lr=1e-2, checkpoint_every=2, lora_rank=4)
+PROMPTS = {"short": "A short caption:", "long": "A detailed caption:"}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def stitched(world_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> li
 def tuned(out: Path, shards: list[str], models: Path, config: Finetune = QUICK) -> bytes:
     stage = StageDir(out, {})
     stage.begin()
-    run(stage, shards, config, Captioner(model=str(models / "blip2"), dtype="float32"), DEFAULT_STYLES, "cpu")
+    run(stage, shards, config, Captioner(model=str(models / "blip2"), dtype="float32"), PROMPTS, "cpu")
     return (out / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
@@ -69,7 +70,7 @@ def test_micro_batches_give_the_weights_of_the_batch(stitched: list[str], world_
         weights = captioner.trainable()
         config = QUICK.model_copy(update={"micro_batch_size": size})
         optimizer = torch.optim.SGD(weights.values(), lr=1)
-        loss = finetune._train_step(captioner, pairs[:4], DEFAULT_STYLES, optimizer, config, 0)
+        loss = finetune._train_step(captioner, pairs[:4], PROMPTS, optimizer, config, 0)
         found.append((loss, torch.cat([weight.detach().flatten() for weight in weights.values()])))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-7)

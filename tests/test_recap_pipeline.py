@@ -100,6 +100,18 @@ def test_one_stage_alone_says_what_must_come_before(arguments: list[str], tmp_pa
     assert "recap finetune" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_what_was_made_with_other_settings_is_not_called_missing(finished: Path, arguments: list[str],
+                                                                 tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "tiny")
+    done = recap("relabel", *arguments[1:], f"runs={tmp_path}", "finetune.lr=1e-3")
+    assert done.returncode == 2 and "other settings (finetune.lr: 0.002 → 0.001)" in done.stderr
+    done = recap(*arguments, f"runs={tmp_path}", "styles.long.max_new_tokens=25", "--dry-run")
+    lines = done.stdout.splitlines()
+    assert [next(line for line in lines if stage in line).split()[-1] for stage in ("stitch", "captioner")] == [
+        "before", "before"]  # decoding is no matter of tuning
+    assert "needs --redo" in next(line for line in lines if "relabel" in line)
+
+
 def test_a_dry_run_writes_nothing_and_lists_the_stages(arguments: list[str], tmp_path: Path) -> None:
     done = recap(*arguments, f"runs={tmp_path}", "--dry-run")
     assert done.returncode == 0 and done.stdout.count("to do") == 13
