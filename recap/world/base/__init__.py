@@ -23,7 +23,7 @@ PARTS = {"vae": ("vae", 0), "reader": ("reader", 11), "features": ("features", 2
 """Part → the module that makes it, and the seed of its weights and drawings: no two parts share these."""
 RECORDS = ("log.jsonl", "done.json")
 """What is kept of a part's training."""
-NUM_BASE = 30_000
+NUM_BASE = 120_000
 """Drawings with alt-text that the diffusion models are trained on."""
 
 
