@@ -181,7 +181,11 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"{dotted} is missing: set it in the file or give {dotted}=…"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = first["msg"].removeprefix("Value error, ")
-    return f"{dotted}: {message}, not {first['input']!r:.80}{more}" if dotted else message
+    if not dotted:
+        return message
+    of_a_table = first["type"] == "value_error" and isinstance(first["input"], dict)  # such a rule names its keys
+    found = "" if of_a_table else f", not {first['input']!r:.80}"
+    return f"{dotted}: {message}{found}{more}"
 
 
 def _keys(model: Any, parents: list[str]) -> list[str]:

@@ -75,3 +75,8 @@ def test_the_text_encoder_can_learn_at_a_rate_of_its_own(world_models: Path, wor
         moved[part] = max((after[f"{part}.{name}"] - tensor).abs().max().item() for name, tensor in before.items())
     assert moved["unet"] > 1e-3
     assert 0 < moved["text_encoder"] < 1e-4  # five steps, none of which is much longer than the rate
+
+
+def test_a_rate_for_a_text_encoder_that_is_not_trained_is_refused() -> None:
+    with pytest.raises(ValueError, match="train_text_encoder = false"):
+        Train(train_text_encoder=False, text_encoder_lr=1e-5)

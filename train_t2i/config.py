@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recap.config import Model, Table
 
@@ -67,3 +67,9 @@ class Train(Model):
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(1000, ge=1)
     """Steps between checkpoints."""
+
+    @model_validator(mode="after")
+    def _a_rate_is_of_what_is_trained(self) -> "Train":
+        if self.text_encoder_lr is not None and not self.train_text_encoder:
+            raise ValueError("text_encoder_lr is set, but train_text_encoder = false: leave one of them out")
+        return self
