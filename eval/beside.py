@@ -3,7 +3,7 @@
     {"schema": 1, "title": "…", "command": "…", "date": "2026-01-31", "hardware": "…", "runs": […], "comparisons": […]}
 
 `title`, `command`, `date` and `hardware` may be missing; `runs` and `comparisons` are as `recap report` writes them,
-and whatever else is there is passed over.
+`base_models` as `recap pool` does; whatever else is there is passed over.
 """
 
 import math
@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
-from eval.comparisons import Findings, summarize
+from eval.comparisons import summarize
 from eval.measures import measures_of
+from eval.verdict import Findings
 from recap.errors import UserError
 from recap.shards import identity
 
@@ -38,6 +39,7 @@ class BesideRun(_Part):
     """One arm of one seed."""
 
     seed: int = 0
+    base_model: int = 0
     arm: _Text
     metrics: Annotated[dict[str, Any], BeforeValidator(_numbers)]
 
@@ -54,6 +56,15 @@ class BesideComparison(_Part):
     verdict: _Text = "can't tell"
     note: _Text | None = None
     num_prompts: int | None = None
+    num_seeds: int | None = None
+    num_base_models: int | None = None
+
+
+class BesideModel(_Part):
+    """One base model of several, and what its runs alone say."""
+
+    model: _Text
+    comparisons: list[BesideComparison] = []
 
 
 class Beside(_Part):
@@ -66,6 +77,7 @@ class Beside(_Part):
     hardware: _Text | None = None
     runs: list[BesideRun] = Field(min_length=1)
     comparisons: list[BesideComparison] = []
+    base_models: list[BesideModel] = []
 
     def findings(self) -> Findings:
         """The same as of this run: means over seeds, and comparisons."""

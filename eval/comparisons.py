@@ -1,4 +1,4 @@
-"""Arms against arms: means over seeds, paired differences over prompts, and what they say in words."""
+"""Arms against arms: means over seeds, and paired differences over prompts and seeds."""
 
 import json
 import zipfile
@@ -12,9 +12,9 @@ import numpy as np
 
 from eval.fid import Statistics
 from eval.fid_difference import Fids, fid_difference, resample_fid, why_no_interval
-from eval.measures import FID, Measure, headline_measures, measures_of
+from eval.measures import FID, Measure, measures_of
 from eval.scores import Scores
-from eval.statistics import MIN_SEEDS, paired_difference
+from eval.statistics import paired_difference
 from recap import progress
 from recap.errors import UserError
 
@@ -27,6 +27,8 @@ class Scored(Protocol):
 
     @property
     def seed(self) -> int: ...
+    @property
+    def base_model(self) -> int: ...
     @property
     def arm(self) -> str: ...
     @property
@@ -43,6 +45,8 @@ class Run:
     """Folder that `generate` filled."""
     evaluated: Path
     """Folder that `evaluate` filled."""
+    base_model: int = 0
+    """Which model it was trained from, where several runs are pooled."""
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
@@ -141,213 +145,104 @@ def compare(arms: list[str], runs: list[Run], reference: Statistics | None = Non
             ) -> list[dict[str, Any]]:
     """All `pairs` of arms by every measure, as `report.json` lists them.
 
-    Arms are paired over the prompts of the headline sets, and over the seeds that both have: the prompt is the unit,
-    so its scores are averaged over seeds. FID, a figure of a whole set of images, is compared by resampling prompts
+    Arms are paired over the prompts of the headline sets, and over training seeds: the prompt is the unit, so its
+    scores are averaged over seeds. FID, a figure of a whole set of images, is compared by resampling prompts
     (`eval.fid_difference`), where its reference is given. Each says in which `unit` its difference is ("share": of 1),
     and whether "higher" or "lower" is `better`.
     """
-    seeds = {arm: {run.seed for run in runs if run.arm == arm} for arm in arms}
-    compared = [(a, b) for a, b in pairs(arms) if seeds[a] & seeds[b]]
+    compared = [pair for a, b in pairs(arms) if (pair := Pair.of(a, b, runs)).ours]
     found = []
-    for a, b in compared:
-        shared = sorted(seeds[a] & seeds[b])
-        _check_alike(a, b, runs)
+    for pair in compared:
+        pair.check_alike()
         for measure in measures_of(runs[0].metrics)[:-1]:
-            ours, theirs = (np.array([run.headline(measure.key) for run in _of(arm, shared, runs)]) for arm in (a, b))
+            ours, theirs = (np.array([run.headline(measure.key) for run in each]) for each in (pair.ours, pair.theirs))
             if _any_shared(ours, theirs):
-                found.append({**_named(a, b, measure), **paired_difference(ours, theirs, seed)})
-    return found + (_compare_fids(compared, runs, reference, seed) if reference else [])
+                found.append({**pair.named(measure), **paired_difference(ours, theirs, seed, models=pair.base_models)})
+    return found + (_compare_fids(compared, reference, seed) if reference else [])
 
 
-def _named(a: str, b: str, measure: Measure) -> dict[str, Any]:
-    return {"a": a, "b": b, "metric": measure.key, "unit": "share" if measure.is_share else measure.label,
-            "better": "lower" if measure.lower_is_better else "higher"}
+@dataclass(frozen=True)
+class Pair:
+    """Two arms and their runs, each beside the other's of the same training seed, from the same base model."""
+
+    a: str
+    b: str
+    ours: list[Run]
+    """Of arm a."""
+    theirs: list[Run]
+    """Of arm b."""
+
+    @classmethod
+    def of(cls, a: str, b: str, runs: Sequence[Run]) -> "Pair":
+        """An arm that is not trained is drawn once for each base model: that run stands beside each of the other's."""
+        by_arm = [{(run.base_model, run.seed): run for run in runs if run.arm == arm} for arm in (a, b)]
+        for mine, other in (by_arm, by_arm[::-1]):
+            for model in {model for model, _ in mine}:
+                seeds = [place for place in mine if place[0] == model]
+                if len(seeds) == 1:
+                    mine |= {place: mine[seeds[0]] for place in other if place[0] == model}
+        shared = sorted(by_arm[0].keys() & by_arm[1].keys())
+        return cls(a, b, *([each[place] for place in shared] for each in by_arm))
+
+    @property
+    def runs(self) -> list[Run]:
+        return [*self.ours, *self.theirs]
+
+    @property
+    def base_models(self) -> list[int]:
+        return [run.base_model for run in self.ours]
+
+    def named(self, measure: Measure) -> dict[str, Any]:
+        return {"a": self.a, "b": self.b, "metric": measure.key,
+                "unit": "share" if measure.is_share else measure.label,
+                "better": "lower" if measure.lower_is_better else "higher", "num_seeds": len(self.ours),
+                "num_base_models": len(set(self.base_models))}
+
+    def check_alike(self) -> None:
+        """`UserError` unless both drew the same prompts and were scored alike."""
+        first = self.ours[0]
+        if any(run.scores.sets != first.scores.sets or run.metrics["headline_sets"] != first.metrics["headline_sets"]
+               for run in self.runs):
+            raise UserError(f"arms {self.a} and {self.b} did not draw the same prompts ({len(first.scores.sets)} and "
+                            f"{len(self.theirs[-1].scores.sets)}): generate and evaluate both again")
+        wanted = {measure.key for measure in measures_of(first.metrics)} - {FID.key}
+        if any(run.scores.columns.keys() != wanted for run in self.runs):
+            raise UserError(f"arms {self.a} and {self.b} were not scored by the same metrics "
+                            f"({', '.join(sorted(wanted))}): evaluate both again")
+
+    def why_no_interval(self) -> str | None:
+        """A note where an arm was evaluated without keeping its features, as by an older version."""
+        lacking = [arm for arm, runs in ((self.a, self.ours), (self.b, self.theirs))
+                   if not all(run.has_features for run in runs)]
+        return f"no interval: no features.npz of {' and '.join(lacking)}: evaluate again" if lacking else None
+
+    def without_interval(self, note: str) -> dict[str, Any]:
+        """The FIDs compared as they are."""
+        means = [float(np.mean([run.metrics["fid"] for run in each])) for each in (self.ours, self.theirs)]
+        return {"difference": means[0] - means[1], "ci": None, "ratio": means[0] / means[1] if means[1] > 0 else None,
+                "ratio_ci": None, "p": None, "verdict": "can't tell", "note": note}
 
 
-def _compare_fids(compared: list[tuple[str, str]], runs: list[Run], reference: Statistics, seed: int
-                  ) -> list[dict[str, Any]]:
-    metrics = runs[0].metrics
+def _compare_fids(compared: list[Pair], reference: Statistics, seed: int) -> list[dict[str, Any]]:
+    if not compared:
+        return []
+    metrics = compared[0].ours[0].metrics
     note = why_no_interval(metrics["num_images"], metrics["feature_dim"])
-    fids: dict[tuple[str, int], Fids] = {}
-    used = [run for run in runs if any(run.arm in pair for pair in compared) and run.has_features] if not note else []
+    used = {run.evaluated: run for pair in compared for run in pair.runs if run.has_features} if not note else {}
+    fids: dict[Path, Fids] = {}
     with progress.bar("FID intervals", len(used)) as bar:
-        for run in used:
-            fids[run.arm, run.seed] = resample_fid(run.features()[0], reference, seed)
+        for place, run in used.items():
+            fids[place] = resample_fid(run.features()[0], reference, seed)
             bar.update(1)
     found = []
-    for a, b in compared:
-        shared = sorted({run.seed for run in _of(a, None, runs)} & {run.seed for run in _of(b, None, runs)})
-        why = note or _features_missing(a, b, shared, runs)
-        result = (_without_interval(a, b, shared, runs, why) if why else
-                  fid_difference([fids[a, each] for each in shared], [fids[b, each] for each in shared], seed))
-        found.append({**_named(a, b, FID), **result, "num_prompts": metrics["num_images"]})
+    for pair in compared:
+        why = note or pair.why_no_interval()
+        result = pair.without_interval(why) if why else fid_difference(
+            [fids[run.evaluated] for run in pair.ours], [fids[run.evaluated] for run in pair.theirs], pair.base_models)
+        found.append({**pair.named(FID), **result, "num_prompts": metrics["num_images"]})
     return found
-
-
-def _features_missing(a: str, b: str, seeds: list[int], runs: list[Run]) -> str | None:
-    """A note where an arm was evaluated without keeping its features, as by an older version."""
-    lacking = [arm for arm in (a, b) if not all(run.has_features for run in _of(arm, seeds, runs))]
-    return f"no interval: no features.npz of {' and '.join(lacking)}: evaluate again" if lacking else None
-
-
-def _without_interval(a: str, b: str, seeds: list[int], runs: list[Run], note: str) -> dict[str, Any]:
-    means = [float(np.mean([run.metrics["fid"] for run in _of(arm, seeds, runs)])) for arm in (a, b)]
-    return {"difference": means[0] - means[1], "ci": None, "ratio": means[0] / means[1] if means[1] > 0 else None,
-            "ratio_ci": None, "p": None, "verdict": "can't tell", "note": note}
-
-
-def _of(arm: str, seeds: list[int] | None, runs: list[Run]) -> list[Run]:
-    """The runs of an arm, in the order of their seeds."""
-    found = [run for run in runs if run.arm == arm and (seeds is None or run.seed in seeds)]
-    return sorted(found, key=lambda run: run.seed)
-
-
-def _check_alike(a: str, b: str, runs: list[Run]) -> None:
-    both = [run for run in runs if run.arm in (a, b)]
-    sets, headlines = [run.scores.sets for run in both], [run.metrics["headline_sets"] for run in both]
-    if any(each != sets[0] for each in sets) or any(each != headlines[0] for each in headlines):
-        raise UserError(f"arms {a} and {b} did not draw the same prompts ({len(sets[0])} and {len(sets[-1])}): "
-                        "generate and evaluate both again")
-    wanted = {measure.key for measure in measures_of(runs[0].metrics)} - {FID.key}
-    if any(run.scores.columns.keys() != wanted for run in both):
-        raise UserError(f"arms {a} and {b} were not scored by the same metrics ({', '.join(sorted(wanted))}): "
-                        "evaluate both again")
 
 
 def _any_shared(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether there is a prompt for which both arms have a value, of whatever seed."""
     return bool((~np.isnan(a)).any(axis=0)[(~np.isnan(b)).any(axis=0)].any())
-
-
-# --- in words ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Findings:
-    """What was found of arms, by measure."""
-
-    arms: list[str]
-    measures: list[Measure]
-    summaries: list[ArmSummary]
-    comparisons: list[dict[str, Any]]
-
-    @cached_property
-    def headline(self) -> list[Measure]:
-        return headline_measures(self.measures)
-
-    @property
-    def lead(self) -> Measure:
-        """What the headline goes by: the judge's first metric, or else CLIP score."""
-        return self.headline[0]
-
-    @property
-    def baseline(self) -> str:
-        return baseline(self.arms)
-
-    def against(self, arm: str, measure: Measure) -> dict[str, Any] | None:
-        """The comparison of an arm with the baseline, if there is one."""
-        return next((each for each in self.comparisons
-                     if (each["a"], each["b"], each["metric"]) == (arm, self.baseline, measure.key)), None)
-
-    def mean(self, arm: str, measure: Measure) -> float | None:
-        return next((each.mean(measure) for each in self.summaries if each.arm == arm), None)
-
-
-def verdict(found: Findings) -> tuple[str, list[str]]:
-    """A headline, and sentences that say on what it stands."""
-    a, b, lead = claim(found.arms), found.baseline, found.lead
-    result = found.against(a, lead) if a else None
-    if a is None or result is None:
-        return "There is no second arm to compare.", []
-    headline = f"Pictures of the arm “{a}” match their prompts {result['verdict']} than those of “{b}”"
-    if result["verdict"] == "can't tell":
-        headline = f"No difference between the arms “{a}” and “{b}” could be shown"
-    if lead.is_share:
-        ours, theirs = (lead.text(found.mean(arm, lead)) for arm in (a, b))
-        headline += f": {lead.label.lower()} {ours} against {theirs}"
-    scores = [_score_sentence(a, b, measure, each) for measure in found.headline[:-1]
-              if (each := found.against(a, measure))]
-    return f"{headline}.", [*scores, *_fid_sentences(a, b, found), *_disagreement(a, found), *_control(b, found),
-                            *_seed_sentences(a, found)]
-
-
-def _score_sentence(a: str, b: str, measure: Measure, found: dict[str, Any]) -> str:
-    return (f"{measure.label} of {a} against {b}: {measure.change(found['difference'])}{measure.unit}, 95 % interval "
-            f"{measure.interval(found)}, {p_text(found['p'])}, over {found['num_prompts']:,} prompts.")
-
-
-def _fid_sentences(a: str, b: str, found: Findings) -> list[str]:
-    ours, theirs = found.mean(a, FID), found.mean(b, FID)
-    if ours is None or theirs is None:
-        return []
-    sentence = f"FID, lower is better: {ours:.2f} for {a}, {theirs:.2f} for {b}"
-    result = found.against(a, FID)
-    if result is None:
-        return [f"{sentence}."]
-    if result["ci"] is None:
-        return [f"{sentence}; {result['note']}."]
-    return [f"{sentence}; difference {FID.change(result['difference'])}, 95 % interval {FID.interval(result)}: "
-            f"{result['verdict']}."]
-
-
-def _disagreement(a: str, found: Findings) -> list[str]:
-    results = [(measure, each) for measure in found.headline if (each := found.against(a, measure))]
-    words = {each["verdict"] for measure, each in results if measure is not FID or each["ci"]}
-    if FID not in [measure for measure, each in results if each["ci"]]:  # then its sign must do
-        ours, theirs = found.mean(a, FID), found.mean(found.baseline, FID)
-        if ours is not None and theirs is not None and ours != theirs:
-            words.add("better" if ours < theirs else "worse")
-    return ["The measures disagree."] if {"better", "worse"} <= words else []
-
-
-def _control(b: str, found: Findings) -> list[str]:
-    results = [(measure, each) for measure in found.headline[:-1] if (each := found.against("shuffled", measure))]
-    if not results:
-        return []
-    beaten = [measure.label for measure, each in results if each["verdict"] == "better"]
-    if beaten:
-        return [f"The control fails: captions of other images (shuffled) also beat {b} by {' and '.join(beaten)}, so "
-                "what the captions say is not the cause."]
-    return [f"The control holds: captions of other images (shuffled) do not beat {b}."]
-
-
-def _seed_sentences(a: str, found: Findings) -> list[str]:
-    num_seeds = max((len(each.values["fid"]) for each in found.summaries if each.arm == a), default=1)
-    if num_seeds < MIN_SEEDS:
-        count = "There is one training seed" if num_seeds == 1 else "There are two training seeds"
-        return [f"{count}: the interval speaks of these very models, and training anew may move them by more."]
-    return [f"The intervals resample prompts and the {num_seeds} training seeds; so few seeds tell little of how much "
-            "training anew may move them."]
-
-
-def p_text(p: float | None) -> str:
-    """`p = 0.012`, `p < 0.001`."""
-    if p is None:
-        return "no p-value"
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
-def arms_table(found: Findings) -> str:
-    """The result for a terminal, at most 80 columns."""
-    lead, columns = found.lead, [found.headline[-1], *reversed(found.headline[:-1])]
-    widths = [9, 9, 12][:len(columns)]
-    names = [f"{measure.label.split()[0][:10]} {measure.arrow}" for measure in columns]
-    against = f"{lead.label[:16]} against {found.baseline[:12]}" if found.comparisons else ""
-    lines = [_line("arm", names, widths, against)]
-    for each in found.summaries:
-        values = [measure.text(each.mean(measure)) for measure in columns]
-        lines.append(_line(each.arm, values, widths, _against(lead, found.against(each.arm, lead))))
-    return "\n".join(lines)
-
-
-def _line(name: str, cells: list[str], widths: list[int], last: str) -> str:
-    name = name if len(name) <= 14 else name[:13] + "…"
-    middle = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-    return f"{name:<14}{middle}   {last}".rstrip()
-
-
-def _against(lead: Measure, found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    low, high = map(lead.change, found["ci"])
-    return f"{lead.change(found['difference'])} [{low}, {high}] {found['verdict']}"

@@ -5,19 +5,23 @@ that bias, and the "interval" misses the very value it belongs to. In the differ
 and against the same reference, the greater part of the bias cancels.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from eval.fid import Statistics, distance_to, statistics
-from eval.statistics import ALPHA, MIN_SEEDS, draw_seeds, verdict_of
+from eval.statistics import around, combined_variance, seeds_by_model, verdict_of
 
 MAX_DIM = 256
 """Features of more dimensions make a resample too slow: an eigendecomposition costs the cube of it."""
 IMAGES_PER_FEATURE = 2
-"""With fewer images for each feature the bias no longer goes by 1 / n, and the interval misses; measured, see tests."""
-NUM_RESAMPLES = 200
+"""With fewer images for each feature the bias no longer goes by 1 / n, and the interval misses."""
+NUM_RESAMPLES = 400
+"""A standard deviation of so many draws is known to 4 %."""
 
 
 @dataclass(frozen=True)
@@ -54,48 +58,64 @@ def resample_fid(features: np.ndarray, reference: Statistics, seed: int, num_res
     return Fids(distance(statistics(features)), np.array(resampled))
 
 
-def fid_difference(a: list[Fids], b: list[Fids], seed: int) -> dict[str, Any]:
+def fid_difference(a: list[Fids], b: list[Fids], models: Sequence[int] | None = None) -> dict[str, Any]:
     """FID of arm A against arm B, by difference and by ratio, each with its 95 % interval; lower is better.
 
-    Both are lists over the same training seeds, in the same order.
+    Resamples are off from the observed FID by as much as that is off from the FID of endless images, in scatter and in
+    bias. So intervals have the resamples' variance, and lie around the observed value less the bias (Efron & Tibshirani
+    1993, §10): the observed value need not be in their middle. From `eval.statistics.MIN_SEEDS` training seeds on they
+    speak of other seeds as well, as those of scores do.
 
-    A resample's FID is off from the observed one by as much as that is off from the FID of endless images, in scatter
-    and in bias. So the difference has the basic interval, observed − (resampled − observed) (Davison & Hinkley 1997,
-    §5.2.1), which takes out what bias is left of it; percentiles of the resamples would double that. The ratio has
-    percentiles, as its scatter goes by its size, of FIDs with the bias taken out. Neither need have the observed value
-    in its middle. From `MIN_SEEDS` training seeds on seeds are resampled too, as in `eval.statistics`.
+    Args:
+        a, b: over the same training seeds, in the same order.
+        models: (S,) the base model that each seed was trained from; by default all from one.
 
     Returns:
-        `difference` (a − b, mean over seeds), `ci`, `ratio` (of the means over seeds, a / b), `ratio_ci`, `p`
-        (two-sided, by the same resamples), `verdict` of A, and `resampled`.
+        `difference` (a − b, mean over seeds), `ci`, `ratio` (of the means over seeds, a / b), `ratio_ci` (None where
+        an FID is no more than its bias), `p` (two-sided, that of the interval), `verdict` of A, and `over`.
     """
-    two_levels = len(a) >= MIN_SEEDS
-    first, second = (_over_seeds(each, two_levels, seed) for each in (a, b))
-    means = [float(np.mean([fids.observed for fids in each])) for each in (a, b)]
-    difference = means[0] - means[1]
-    shifts = (first - second) - difference
-    low, high = (float(difference - shift) for shift in np.quantile(shifts, [1 - ALPHA / 2, ALPHA / 2]))
-    at_least, at_most = (shifts >= difference).sum(), (shifts <= difference).sum()
-    p = min(1.0, 2 * (1 + float(min(at_least, at_most))) / (1 + len(shifts)))
-    return {"difference": difference, "ci": [low, high], **_ratio(means, [first, second]), "p": p,
-            "verdict": verdict_of(-high, -low, p), "resampled": "prompts and seeds" if two_levels else "prompts"}
+    grouped = seeds_by_model(len(a), models)
+    first, second = (_without_bias(each) for each in (a, b))
+    difference, variance, freedom = _mean(first - second, grouped)
+    low, high = around(difference, variance, freedom)
+    p = 2 * float(stats.t.sf(abs(difference) / math.sqrt(variance), freedom)) if variance else 1.0
+    seen = [float(np.mean([fids.observed for fids in each])) for each in (a, b)]
+    return {"difference": seen[0] - seen[1], "ci": [low, high], "ratio": seen[0] / seen[1] if seen[1] > 0 else None,
+            "ratio_ci": _ratio(first, second, grouped), "p": p, "verdict": verdict_of(-high, -low, p),
+            "over": "prompts and seeds" if grouped else "prompts"}
 
 
-def _ratio(means: list[float], draws: list[np.ndarray]) -> dict[str, Any]:
-    """No interval where an FID is no more than its bias."""
-    # Off by the bias twice: once as all FIDs of so many images are, and once more as resamples of them are.
-    first, second = (each - 2 * (each.mean() - mean) for each, mean in zip(draws, means, strict=True))
-    ratio = means[0] / means[1] if means[1] > 0 else None
-    if min(first.min(), second.min()) <= 0:
-        return {"ratio": ratio, "ratio_ci": None}
-    low, high = np.quantile(first / second, [ALPHA / 2, 1 - ALPHA / 2])
-    return {"ratio": ratio, "ratio_ci": [float(low), float(high)]}
+def _without_bias(fids: list[Fids]) -> np.ndarray:
+    """(S, R): resampled FIDs of every seed, moved to where those of endless images would lie.
+
+    They are off by the bias twice: once as all FIDs of so many images are, and once more as resamples of them are.
+    """
+    return np.array([each.resampled - 2 * (each.resampled.mean() - each.observed) for each in fids])
 
 
-def _over_seeds(fids: list[Fids], two_levels: bool, seed: int) -> np.ndarray:
-    """Mean FIDs over all seeds, or over those that each resample draws: (R,)."""
-    resampled = np.array([each.resampled for each in fids])
-    if not two_levels:
-        return np.asarray(resampled.mean(axis=0))
-    drawn = draw_seeds(len(resampled), resampled.shape[1], np.random.default_rng(seed))
-    return np.asarray(resampled[drawn, np.arange(resampled.shape[1])[:, None]].mean(axis=1))
+def _mean(draws: np.ndarray, grouped: list[np.ndarray]) -> tuple[float, float, float]:
+    """Mean over seeds and resamples (S, R), its variance, and the degrees of freedom of that."""
+    of_prompts = float(draws.mean(axis=0).var(ddof=1))
+    if not grouped:
+        return float(draws.mean()), of_prompts, math.inf
+    of_seeds = [float(draws[seeds].mean(axis=1).var(ddof=1)) / len(seeds) / len(grouped) ** 2 for seeds in grouped]
+    of_pictures = sum(_of_pictures(draws[seeds]) for seeds in grouped) / len(grouped) ** 2
+    return float(draws.mean()), *combined_variance(of_prompts, of_seeds, of_pictures, grouped)
+
+
+def _of_pictures(draws: np.ndarray) -> float:
+    """The share of single pictures in the variance of a mean over seeds.
+
+    Of one seed's FID the resamples' variance is prompts + pictures; of the mean over S seeds, prompts + pictures / S.
+    """
+    each, mean = float(draws.var(axis=1, ddof=1).mean()), float(draws.mean(axis=0).var(ddof=1))
+    return max(0.0, each - mean) / (len(draws) - 1)
+
+
+def _ratio(a: np.ndarray, b: np.ndarray, grouped: list[np.ndarray]) -> list[float] | None:
+    """By its logarithm, whose scatter is that of either FID in shares of its mean."""
+    if min(a.mean(axis=0).min(), b.mean(axis=0).min()) <= 0:
+        return None
+    _, variance, freedom = _mean(a / a.mean() - b / b.mean(), grouped)
+    low, high = around(math.log(a.mean() / b.mean()), variance, freedom)
+    return [math.exp(low), math.exp(high)]

@@ -1,49 +1,60 @@
-"""Several runs of one experiment, as on several base models, pooled into one result that a project can keep."""
+"""Runs of one experiment on several base models, pooled into one result that a project can keep."""
 
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from eval.comparisons import Findings, Run, compare, summarize
+import numpy as np
+
+from eval.comparisons import Run, baseline, claim, compare, summarize
 from eval.fid import load
+from eval.generate import PROMPTS_FILE
 from eval.measures import measures_of
+from eval.report import settings
+from eval.verdict import Findings
 from recap.errors import UserError
 from recap.shards import write_json
 
 SCHEMA = 1
 REFERENCE = "reference/reference.npz"
-APART = 1000
-"""Seeds of the second run are counted from here, of the third from twice as much, so that none is taken for another."""
+OWN = ("name", "runs", "device", "train.model")
+"""Settings in which pooled runs may differ."""
+SCORED_BY = ("features", "feature_dim", "clip_model", "judge", "headline_sets", "num_images", "num_reference")
 
 
 def pool(folders: list[Path], out: Path, title: str, command: str) -> Findings:
-    """Compare arms over all seeds of finished runs, and write the result to `out`, as `report.beside` reads it.
+    """Compare arms over all base models and seeds of finished runs; write what `report.beside` reads.
 
     Args:
-        folders: `runs/NAME` of runs with the same arms, prompts and reference.
-        out: JSON file: `runs` and `comparisons` as in report.json, and `title`, `command`, `date`, `hardware`.
+        folders: `runs/NAME` of runs that differ in their base model alone.
+        out: JSON file: `runs` and `comparisons` as in report.json; `base_models`, each with its own comparisons of the
+            arm that the headline speaks of; and `title`, `command`, `date`, `hardware`, `environment`, `config`,
+            `captions`, those of the first run.
         title, command: for its readers.
 
     Raises:
-        UserError: a run is not finished, or runs differ in arms or reference.
+        UserError: a run is not finished, or runs differ in more than their base model.
     """
     reports = [_report(folder) for folder in folders]
-    arms = reports[0]["config"]["arms"]
-    for folder, report in zip(folders, reports, strict=True):
-        if report["config"]["arms"] != arms:
-            raise UserError(f"{folder} has other arms than {folders[0]}: pool runs of one experiment")
-        if (folder / REFERENCE).read_bytes() != (folders[0] / REFERENCE).read_bytes():
-            raise UserError(f"{folder} has other real images than {folders[0]}: pool runs of one experiment")
-    runs = [Run(APART * place + each["seed"], each["arm"], folder / f"seed-{each['seed']}/generate/{each['arm']}",
-                folder / f"seed-{each['seed']}/eval/{each['arm']}")
-            for place, (folder, report) in enumerate(zip(folders, reports, strict=True)) for each in report["runs"]]
+    per_run = [[Run(each["seed"], each["arm"], folder / f"seed-{each['seed']}/generate/{each['arm']}",
+                    folder / f"seed-{each['seed']}/eval/{each['arm']}", place) for each in report["runs"]]
+               for place, (folder, report) in enumerate(zip(folders, reports, strict=True))]
+    for folder, report, runs in zip(folders, reports, per_run, strict=True):
+        _check_fresh(folder, report, runs)
+        _check_alike(folders[0], folder, reports[0], report)
+        _check_pictures(per_run[0][0], runs)
+    _check_models(folders, reports)
+    arms, runs = reports[0]["config"]["arms"], [run for each in per_run for run in each]
     reference = load(folders[0] / REFERENCE)[0]
     found = Findings(arms, measures_of(runs[0].metrics), summarize(arms, runs), compare(arms, runs, reference))
     write_json(str(out), {
         "schema": SCHEMA, "title": title, "command": command, "date": datetime.now(UTC).date().isoformat(),
         "hardware": reports[0]["environment"].get("hardware", ""), "environment": reports[0]["environment"],
-        "runs": [{"seed": run.seed, "arm": run.arm, "metrics": run.metrics} for run in runs],
+        "config": reports[0]["config"],
+        "base_models": [{"model": _model(report), "comparisons": _claimed(report)} for report in reports],
+        "runs": [{"base_model": run.base_model, "seed": run.seed, "arm": run.arm, "metrics": run.metrics}
+                 for run in runs],
         "comparisons": found.comparisons, "captions": reports[0]["captions"]})
     return found
 
@@ -54,3 +65,50 @@ def _report(folder: Path) -> dict[str, Any]:
         return found
     except (OSError, ValueError):
         raise UserError(f"no finished run in {folder}: it has no report/report.json") from None
+
+
+def _model(report: dict[str, Any]) -> str:
+    return str(report["config"].get("train", {}).get("model"))
+
+
+def _claimed(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run alone says of the arm that the headline speaks of."""
+    arms = report["config"]["arms"]
+    return [each for each in report["comparisons"] if (each["a"], each["b"]) == (claim(arms), baseline(arms))]
+
+
+# --- what must be equal --------------------------------------------------------------------------------------------
+
+
+def _check_fresh(folder: Path, report: dict[str, Any], runs: list[Run]) -> None:
+    if any(run.metrics != each["metrics"] for run, each in zip(runs, report["runs"], strict=True)):
+        raise UserError(f"the report in {folder} is older than its evaluations: run `recap report` again")
+
+
+def _check_alike(first: Path, other: Path, report: dict[str, Any], others: dict[str, Any]) -> None:
+    ours, theirs = ([line for line in settings(each["config"]).splitlines() if line.split(" = ")[0] not in OWN]
+                    for each in (report, others))
+    if differing := [line for line in theirs if line not in ours] or [line for line in ours if line not in theirs]:
+        raise UserError(f"{other} is another experiment than {first} ({differing[0][:100]}): pool runs that differ in "
+                        "their base model alone")
+    a, b = (load(folder / REFERENCE)[0] for folder in (first, other))
+    if a.n != b.n or a.dim != b.dim or not np.allclose(a.mu, b.mu) or not np.allclose(a.sigma, b.sigma):
+        raise UserError(f"{other} has other real images than {first}: pool runs of one experiment")
+
+
+def _check_pictures(first: Run, runs: list[Run]) -> None:
+    prompts = (first.images / PROMPTS_FILE).read_bytes()
+    for run in runs:
+        if (run.images / PROMPTS_FILE).read_bytes() != prompts:
+            raise UserError(f"{run.images} was drawn from other prompts or noise than {first.images}: pool runs of one "
+                            "experiment")
+        if differing := [key for key in SCORED_BY if run.metrics.get(key) != first.metrics.get(key)]:
+            raise UserError(f"{run.evaluated} has other {differing[0]} than {first.evaluated}: evaluate both alike")
+
+
+def _check_models(folders: list[Path], reports: list[dict[str, Any]]) -> None:
+    known: dict[str, Path] = {}
+    for folder, report in zip(folders, reports, strict=True):
+        if (model := _model(report)) in known:
+            raise UserError(f"{folder} and {known[model]} both begin with {model}: pool runs on different base models")
+        known[model] = folder

@@ -1,13 +1,15 @@
-"""Is one arm better than another? Paired statistics over prompts, with numpy alone.
+"""Is one arm better than another? Paired statistics over prompts and training seeds.
 
 The prompt is the unit: two arms draw the same prompts from the same noise, so what is resampled is the difference of
 their scores on a prompt. Pooling several votes or seeds of one prompt as if they were independent overstates certainty.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 ALPHA = 0.05
 MIN_SEEDS = 3
@@ -16,24 +18,25 @@ _CHUNK = 2_000_000  # random numbers in memory at once
 
 
 def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarray, seed: int,
-                      num_resamples: int = 2000) -> dict[str, Any]:
-    """Mean difference a − b over pairs: 95 % percentile bootstrap interval and sign-flip p-value.
+                      num_resamples: int = 2000, models: Sequence[int] | None = None) -> dict[str, Any]:
+    """Mean difference a − b over pairs: 95 % interval and sign-flip p-value.
 
-    The scores of a prompt are averaged over seeds, and the interval resamples prompts with replacement (Efron 1979);
-    from `MIN_SEEDS` training seeds on, seeds as well, and independently of the prompts (see `draw_seeds`). The p-value
-    flips the signs of the prompts' differences, which under the null hypothesis are symmetric about 0 (Fisher 1935);
-    it counts the observed one among the draws, so it is never 0 (Phipson & Smyth 2010).
+    The scores of a prompt are averaged over seeds. The interval is that of resampling prompts with replacement (Efron
+    1979); from `MIN_SEEDS` training seeds on it speaks of other seeds as well, by `crossed_variance`. The p-value
+    flips the signs of the prompts' differences, which under the null hypothesis are symmetric about 0 (Fisher 1935); it
+    counts the observed one among the draws, so it is never 0 (Phipson & Smyth 2010).
 
     Args:
         a: scores of arm A, (N,), one a prompt, or (S, N), a row a seed; higher is better; NaN where there is none.
         b: scores of arm B on the same prompts and seeds, in the same order.
         seed: of both kinds of draws.
         num_resamples: of each kind.
+        models: (S,) the base model that each row was trained from; by default all from one.
 
     Returns:
         `difference` (mean of a − b over the prompts that both arms have a score for), `ci` [low, high], `p`
         (two-sided), `verdict`: "better" or "worse" (A than B) if the interval excludes 0 and p < 0.05, else
-        "can't tell"; `num_prompts` compared; and `resampled`, "prompts" or "prompts and seeds".
+        "can't tell"; `num_prompts` compared; and `over`, what the interval speaks of: "prompts" or "prompts and seeds".
 
     Raises:
         ValueError: the two differ in shape, share no prompt, or hold an infinite number.
@@ -45,41 +48,74 @@ def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarr
     shared = ~np.isnan(differences)
     if not shared.any() or np.isinf(first).any() or np.isinf(second).any():
         raise ValueError("paired scores must be finite numbers, at least one pair")
-    first, second, differences = first[:, shared], second[:, shared], differences[shared]
+    differences = differences[shared]
     observed = float(differences.mean())
     rng = np.random.default_rng(seed)
-    two_levels = len(first) >= MIN_SEEDS
-    means = (_two_level_means(first, second, num_resamples, rng) if two_levels
-             else _bootstrap_means(differences, num_resamples, rng))
-    low, high = np.quantile(means, [ALPHA / 2, 1 - ALPHA / 2])
+    grouped = seeds_by_model(len(first), models)
+    if grouped and len(differences) > 1:
+        low, high = around(observed, *crossed_variance((first - second)[:, shared], differences, grouped))
+    else:
+        low, high = np.quantile(_bootstrap_means(differences, num_resamples, rng), [ALPHA / 2, 1 - ALPHA / 2])
     # What differs from the observed only by rounding is as extreme as the observed.
     as_extreme = np.abs(_flipped_means(differences, num_resamples, rng)) >= abs(observed) * (1 - 1e-9)
     p = (1 + int(as_extreme.sum())) / (1 + num_resamples)
     return {"difference": observed, "ci": [float(low), float(high)], "p": p, "verdict": verdict_of(low, high, p),
-            "num_prompts": int(shared.sum()), "resampled": "prompts and seeds" if two_levels else "prompts"}
+            "num_prompts": int(shared.sum()), "over": "prompts and seeds" if grouped else "prompts"}
 
 
-def draw_seeds(num_seeds: int, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Which seeds stand for all in each resample, (num_resamples, S − 1) indices into the S seeds.
+# --- training seeds ------------------------------------------------------------------------------------------------
 
-    S − 1 are drawn with replacement, not S: the variance of their mean is then the unbiased s²/S (McCarthy & Snowden
-    1985), where S draws would give (S − 1)/S of it, a third too little at three seeds. Few seeds stay few all the
-    same: where training anew moves an arm by far more than other prompts would, a 95 % interval was measured to cover
-    79 % of the time with 3 seeds, and 89 % with 5.
+
+def seeds_by_model(num_seeds: int, models: Sequence[int] | None = None) -> list[np.ndarray]:
+    """Which seeds were trained from which base model, as indices; none where a model has fewer than `MIN_SEEDS`."""
+    labels = np.zeros(num_seeds, dtype=np.int64) if models is None else np.asarray(models)
+    grouped = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    return grouped if min(map(len, grouped)) >= MIN_SEEDS else []
+
+
+def crossed_variance(differences: np.ndarray, by_prompt: np.ndarray, grouped: list[np.ndarray]) -> tuple[float, float]:
+    """Variance of a mean over seeds and prompts, and its degrees of freedom.
+
+    Every seed draws every prompt, so the mean scatters by seed and by prompt: the variance by seeds and that by prompts
+    are added, and what both hold, the scatter of single pictures, is taken off once (Cameron, Gelbach & Miller 2011,
+    two-way clusters; resampling both would count it three times, Owen 2007). Seeds are compared within their base
+    model: the result is about these models.
+
+    Args:
+        differences: (S, N), a row a seed; NaN where there is none.
+        by_prompt: (N,) their means over seeds, none NaN.
+        grouped: indices of the seeds of each base model.
     """
-    return rng.integers(num_seeds, size=(num_resamples, num_seeds - 1))
+    num_prompts, num_models = len(by_prompt), len(grouped)
+    seeds, pictures = [], 0.0
+    for rows in grouped:
+        part = differences[rows]
+        of_seeds = _mean_over_seeds(part.T)
+        seeds.append(of_seeds.var(ddof=1) / len(rows) / num_models ** 2)
+        rest = part - _mean_over_seeds(part) - (of_seeds - of_seeds.mean())[:, None]
+        degrees = (len(rows) - 1) * (num_prompts - 1)
+        pictures += np.nansum(rest ** 2) / degrees / (len(rows) * num_prompts) / num_models ** 2
+    return combined_variance(float(by_prompt.var(ddof=1)) / num_prompts, seeds, pictures, grouped)
 
 
-def _two_level_means(a: np.ndarray, b: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Mean differences of resamples of seeds and, crossed with them, of prompts: (num_resamples,)."""
-    num_prompts = a.shape[1]
-    means = np.empty(num_resamples)
-    for place, seeds in enumerate(draw_seeds(len(a), num_resamples, rng)):
-        prompts = rng.integers(num_prompts, size=num_prompts)
-        difference = (_mean_over_seeds(a[seeds]) - _mean_over_seeds(b[seeds]))[prompts]
-        known = difference[~np.isnan(difference)]
-        means[place] = known.mean() if known.size else 0.0
-    return means
+def combined_variance(of_prompts: float, of_seeds: list[float], of_pictures: float, grouped: list[np.ndarray]
+                      ) -> tuple[float, float]:
+    """The variances by prompts and by seeds (of each base model's share) together, less what both hold.
+
+    Returns:
+        The variance, never less than either alone, and degrees of freedom for Student's t: those of the seeds, weighed
+        by their share of the variance (Satterthwaite 1946).
+    """
+    by_seeds = sum(of_seeds)
+    whole = max(of_prompts, by_seeds, of_prompts + by_seeds - of_pictures)
+    uncertain = sum(each ** 2 / (len(rows) - 1) for each, rows in zip(of_seeds, grouped, strict=True))
+    return whole, whole ** 2 / uncertain if uncertain > 0 else math.inf
+
+
+def around(value: float, variance: float, freedom: float) -> tuple[float, float]:
+    """The 95 % interval around a value by Student's t."""
+    half = float(stats.t.isf(ALPHA / 2, freedom)) * math.sqrt(variance)
+    return value - half, value + half
 
 
 def _mean_over_seeds(scores: np.ndarray) -> np.ndarray:

@@ -77,12 +77,12 @@ def config(config: ConfigFile, overrides: Overrides = None) -> None:
 def pool(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, runs/NAME, of one experiment.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The JSON file to write.")],
-    title: Annotated[str, typer.Option(help="For its readers.")] = "",
-    command: Annotated[str, typer.Option(help="How the runs were made, for its readers.")] = "",
+    title: Annotated[str, typer.Option(help="For its readers.")],
+    command: Annotated[str, typer.Option(help="How the runs were made, for its readers.")],
 ) -> None:
     """Pool runs, as on several base models, into one result that `report.beside` shows."""
-    from eval.comparisons import arms_table
     from eval.pool import pool as write
+    from eval.verdict import arms_table
     print(arms_table(write(runs, out, title, command)))
 
 

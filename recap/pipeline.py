@@ -27,7 +27,7 @@ from eval.scores import headline_sets
 from recap import pretrained, progress
 from recap.config import DEFAULT_STYLES, Captioner, Data, Finetune, Model, Name, Relabel, RunName, Stitch, Style, Table
 from recap.errors import UserError
-from recap.rundir import StageDir, folder_identity, lock
+from recap.rundir import StageDir, digest, folder_identity, lock
 from recap.shards import expand, identity
 from train_t2i.config import DEFAULT_ARMS, Arm, Train
 
@@ -147,6 +147,9 @@ def _do(stage: Stage, label: str, redo: bool) -> None:
             raise UserError(f"{stage.verb}: {need.path} {why}: run `recap {need.verb} -c …` first, or `recap run -c …`")
     if state == "changed":
         _refuse_or_clear(stage, redo)
+    if digest(stage.reads()) != stage.dir.fingerprint:  # found out hours after the start, perhaps
+        raise UserError(f"{label}: a checkpoint or an input of {stage.verb} has changed since this command began: "
+                        "run it again")
     progress.say(label)
     started = time.time()
     if progress.is_main():
@@ -254,13 +257,16 @@ class Plan:
 
     def generate(self, seed: int, arm: str, train: Stage | None) -> Stage:
         exp = self.exp
-        own = exp.arm[arm].guidance_scale
-        config = exp.generate if own is None else exp.generate.model_copy(update={"guidance_scale": own})
+        config = exp.generate.model_copy(update={"guidance_scale": self._guidance(arm)})
         pipeline = Model(model=str(train.path / "pipeline")) if train else _model(exp.train)
         return self._stage("generate", f"seed-{seed}/generate/{arm}", "eval.generate:run", [train], lambda: {
             "generate": config, "prompts": [identity(path) for path in prompt_inputs(config)],
             "pipeline": train.dir.fingerprint if train else _checkpoint(exp.train, "train"),
         }, lambda: (pipeline, "train", config, arm, self.device))
+
+    def _guidance(self, arm: str) -> float:
+        own = self.exp.arm[arm].guidance_scale
+        return self.exp.generate.guidance_scale if own is None else own
 
     def reference(self) -> Stage:
         config = self.exp.evaluate
@@ -297,6 +303,7 @@ class Plan:
                 relabelled=[Path(shard) for shard in _written(relabel)], environment=environment(),
                 stitched=[Path(shard) for shard in _written(stitch)], reference=_shards_only(reference),
                 statistics=self.root / "reference" / "reference.npz", judge=exp.evaluate.judge, device=self.device,
+                guidance={arm: self._guidance(arm) for arm in exp.arms},
                 seconds={_label(exp, stage): stage.dir.result()["seconds"] for stage in _upstream(evaluates)},
             ), exp.report
 

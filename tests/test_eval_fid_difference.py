@@ -17,7 +17,7 @@ REFERENCE = Statistics(np.zeros(DIM), np.eye(DIM), 100_000)
 
 
 def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> dict[str, object]:
-    return fid_difference([resample_fid(a, REFERENCE, seed)], [resample_fid(b, REFERENCE, seed)], seed)
+    return fid_difference([resample_fid(a, REFERENCE, seed, 200)], [resample_fid(b, REFERENCE, seed, 200)])
 
 
 def test_the_quick_distance_is_the_distance() -> None:
@@ -49,9 +49,24 @@ def test_seeds_widen_the_interval() -> None:
     def arm(mean: float, scatter: float) -> list[Fids]:
         return [resample_fid(features(mean + shift, 100 + index), REFERENCE, 0, 100)
                 for index, shift in enumerate(rng.normal(0, scatter, size=5))]
-    calm, wild = fid_difference(arm(0.5, 0), arm(0.6, 0), 0), fid_difference(arm(0.5, 0.2), arm(0.6, 0.2), 0)
+    calm, wild = fid_difference(arm(0.5, 0), arm(0.6, 0)), fid_difference(arm(0.5, 0.2), arm(0.6, 0.2))
     assert np.ptp(wild["ci"]) > 2 * np.ptp(calm["ci"])
-    assert calm["resampled"] == "prompts and seeds"
+    assert calm["over"] == wild["over"] == "prompts and seeds"
+
+
+@pytest.mark.parametrize("scatter", [0.0, 0.1])
+def test_intervals_cover_over_seeds(scatter: float) -> None:
+    """Whether training anew moves an arm or not: FIDs of 5 seeds that share the luck of their prompts."""
+    true, hits = DIM * (0.5 ** 2 - 0.7 ** 2), 0
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        luck = rng.normal(0, 0.5, size=(NUM, DIM))
+        arms = [[resample_fid(mean + rng.normal(0, scatter / DIM, size=DIM) + luck
+                              + rng.normal(0, 0.75 ** 0.5, size=(NUM, DIM)), REFERENCE, trial, 60) for _ in range(5)]
+                for mean in (0.5, 0.7)]
+        low, high = fid_difference(*arms)["ci"]
+        hits += low <= true <= high
+    assert hits >= 54
 
 
 def test_where_no_interval_is_given() -> None:

@@ -14,13 +14,16 @@ import pytest
 from PIL import Image
 
 from eval.beside import read_beside
+from eval.comparisons import compare, summarize
 from eval.config import Report
 from eval.exhibits import captions, picture, shorten
 from eval.fid import Statistics, save
 from eval.generate import image_path
+from eval.measures import measures_of
 from eval.pool import pool
 from eval.report import ReportInput, Run, run
 from eval.scores import Scores
+from eval.verdict import Findings, verdict
 from recap.errors import UserError
 from recap.rundir import StageDir
 from recap.sample import Sample
@@ -247,11 +250,11 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_judges_metric_leads_and_every_measure_is_compared(judged: Path) -> None:
     html = (judged / "index.html").read_text(encoding="utf-8")
     assert re.search(r"match their prompts better than those of “alt”: all right \d+\.\d % against \d+\.\d %", html)
-    assert "over 48 prompts" in html and "resample prompts and training seeds" in html
+    assert "over 48 prompts" in html and "speak of other prompts and of training anew" in html
     found = json.loads((judged / "report.json").read_bytes())["comparisons"]
     by_metric = {each["metric"]: each for each in found}
     assert set(by_metric) == {"all_right", "clip_score", "fid"}
-    assert all(each["verdict"] == "better" and each["resampled"] == "prompts and seeds" for each in found)
+    assert all(each["verdict"] == "better" and each["over"] == "prompts and seeds" for each in found)
     fid = by_metric["fid"]
     assert fid["ci"][1] < 0 and fid["ratio"] < 1 and fid["num_prompts"] == 48
 
@@ -268,28 +271,91 @@ def test_another_result_is_shown_beside_and_escaped(judged: Path, tmp_path: Path
     assert not {tag for tag, _ in Page(html).elements} & {"script", "here"}
 
 
-def test_runs_are_pooled_into_a_result_that_can_be_shown(tmp_path: Path) -> None:
-    for name, seeds in (("a", (0, 1)), ("b", (0, 1))):
-        root = tmp_path / name
-        runs = [make_run(root, seed, arm, effect, judged=True) for seed in seeds
-                for arm, effect in {"alt": 0.0, "mix": 1.0, "oracle": 1.2}.items()]
-        (root / "reference").mkdir()
-        save(root / "reference/reference.npz", Statistics(np.full(4, -1.0), np.eye(4), 500), {"features": "x"})
-        report = {"config": {"arms": ["alt", "mix", "oracle"]}, "environment": {"hardware": "2 CPU cores"},
-                  "runs": [{"seed": run.seed, "arm": run.arm} for run in runs], "captions": {}}
-        (root / "report").mkdir()
-        (root / "report/report.json").write_text(json.dumps(report))
-    found = pool([tmp_path / "a", tmp_path / "b"], tmp_path / "all.json", "All", "recap run …")
-    assert [len(each.values["fid"]) for each in found.summaries] == [4, 4, 4]
-    pairs = {(each["a"], each["b"]) for each in found.comparisons}
-    assert pairs == {("mix", "alt"), ("oracle", "alt"), ("mix", "oracle")}
-    assert all(each["resampled"] == "prompts and seeds" for each in found.comparisons)
-    assert read_beside(str(tmp_path / "all.json")).findings().against("mix", found.lead)["verdict"] == "better"
+EFFECTS = {"base": -0.5, "alt": 0.0, "mix": 1.0, "oracle": 1.2}
+
+
+def finished(root: Path, model: str, seeds: tuple[int, ...] = (0, 1, 2), **config: object) -> Path:
+    """The folder of a run with a report, as `recap run` leaves it."""
+    runs = [make_run(root, seed, arm, effect, judged=True) for seed in seeds for arm, effect in EFFECTS.items()
+            if arm != "base" or seed == seeds[0]]
+    (root / "reference").mkdir()
+    reference = Statistics(np.full(4, -1.0), np.eye(4), 500)
+    save(root / "reference/reference.npz", reference, {"features": "x"})
+    report = {"config": {"name": root.name, "arms": list(EFFECTS), "seeds": list(seeds), "train": {"model": model},
+                         **config},
+              "environment": {"hardware": "2 CPU cores"}, "captions": {},
+              "comparisons": compare(list(EFFECTS), runs, reference),
+              "runs": [{"seed": run.seed, "arm": run.arm, "metrics": run.metrics} for run in runs]}
+    (root / "report").mkdir()
+    (root / "report/report.json").write_text(json.dumps(report))
+    return root
+
+
+def test_runs_are_pooled_into_a_result_that_can_be_shown(tmp_path: Path, content: ReportInput) -> None:
+    folders = [finished(tmp_path / name, f"models/{name}") for name in ("a", "b")]
+    found = pool(folders, tmp_path / "all.json", "All of it", "recap run …")
+    assert {each.arm: len(each.values["fid"]) for each in found.summaries} == {
+        "base": 2, "alt": 6, "mix": 6, "oracle": 6}
+    assert len(found.comparisons) == 6 * 3  # every two arms by three measures
+    assert all((each["num_seeds"], each["num_base_models"], each["over"]) == (6, 2, "prompts and seeds")
+               for each in found.comparisons)
+    kept = read_beside(str(tmp_path / "all.json"))
+    assert (kept.findings().against("mix", found.lead) or {})["verdict"] == "better"
+    run(StageDir(tmp_path / "report", {}), content, Report(beside=str(tmp_path / "all.json"), num_prompts=0))
+    html = (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert "On a alone: All right" in html and "of 6 training seeds, on 2 base models" in html
+
+
+def test_an_arm_that_is_not_trained_stands_beside_every_seed(tmp_path: Path) -> None:
+    runs = [Run(each["seed"], each["arm"], tmp_path / "a", tmp_path / f"a/seed-{each['seed']}/eval/{each['arm']}")
+            for each in json.loads((finished(tmp_path / "a", "m") / "report/report.json").read_bytes())["runs"]]
+    found = Findings(list(EFFECTS), measures_of(runs[0].metrics), summarize(list(EFFECTS), runs),
+                     compare(list(EFFECTS), runs))
+    for measure in found.measures[:-1]:
+        base, alt = (np.mean(each.values[measure.key]) for each in found.summaries[:2])
+        assert (found.between("base", "alt", measure) or {})["difference"] == pytest.approx(base - alt)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"seeds": (0,)}, "another experiment"), ({"generate": {"guidance_scale": 3}}, "guidance_scale"),
+    ({"model": "models/a"}, "both begin with models/a"),
+])
+def test_runs_that_differ_in_more_than_their_base_model_are_not_pooled(
+        change: dict[str, object], message: str, tmp_path: Path) -> None:
+    a = finished(tmp_path / "a", "models/a", seeds=(0, 1))
+    b = finished(tmp_path / "b", **{"model": "models/b", "seeds": (0, 1)} | change)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=message):
+        pool([a, b], tmp_path / "all.json", "", "")
+
+
+def test_what_has_changed_since_the_report_is_not_pooled(tmp_path: Path) -> None:
+    a, b = (finished(tmp_path / name, name, seeds=(0,)) for name in ("a", "b"))
     with pytest.raises(UserError, match="no finished run"):
         pool([tmp_path / "c"], tmp_path / "all.json", "", "")
-    save(tmp_path / "b/reference/reference.npz", Statistics(np.zeros(4), np.eye(4), 500), {"features": "x"})
+    prompts = b / "seed-0/generate/mix/prompts.jsonl"
+    before = prompts.read_bytes()
+    prompts.write_bytes(before.replace(b" 3", b" 4"))
+    with pytest.raises(UserError, match="other prompts or noise"):
+        pool([a, b], tmp_path / "all.json", "", "")
+    prompts.write_bytes(before)
+    save(b / "reference/reference.npz", Statistics(np.zeros(4), np.eye(4), 500), {"features": "x"})
     with pytest.raises(UserError, match="other real images"):
-        pool([tmp_path / "a", tmp_path / "b"], tmp_path / "all.json", "", "")
+        pool([a, b], tmp_path / "all.json", "", "")
+    metrics = json.loads((a / "seed-0/eval/mix/metrics.json").read_bytes())
+    (a / "seed-0/eval/mix/metrics.json").write_text(json.dumps(metrics | {"fid": 1.0}))
+    with pytest.raises(UserError, match="older than its evaluations"):
+        pool([a, b], tmp_path / "all.json", "", "")
+
+
+def test_a_control_that_beats_the_baseline_by_fid_alone_fails(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, 0, "alt", 0.0), make_run(tmp_path, 0, "mix", 0.2), make_run(tmp_path, 0, "shuffled")]
+    compared = compare(["alt", "mix", "shuffled"], runs)
+    fid = {"a": "shuffled", "b": "alt", "metric": "fid", "difference": -3.0, "ci": [-4.0, -2.0], "p": 0.001,
+           "verdict": "better", "num_prompts": 40}
+    arms = ["alt", "mix", "shuffled"]
+    found = Findings(arms, measures_of(runs[0].metrics), summarize(arms, runs), [*compared, fid])
+    assert any("The control fails" in each and "by FID (−3.00, 95 % interval −4.00 to −2.00)" in each
+               for each in verdict(found)[1])
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -41,7 +41,7 @@ def test_draws_are_seeded_and_equal_scores_tell_nothing() -> None:
     assert paired_difference(a, b, seed=5) == paired_difference(a, b, seed=5)
     same = paired_difference(a, a, seed=0)
     assert same == {"difference": 0.0, "ci": [0.0, 0.0], "p": 1.0, "verdict": "can't tell", "num_prompts": 50,
-                    "resampled": "prompts"}
+                    "over": "prompts"}
     assert paired_difference([1.0], [0.0], seed=0)["verdict"] == "can't tell"
 
 
@@ -56,13 +56,30 @@ def test_what_is_not_paired_is_refused(a: list[float], b: list[float]) -> None:
         paired_difference(a, b, seed=0)
 
 
-def test_seeds_are_resampled_from_three_on() -> None:
+@pytest.mark.parametrize("scatter", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("models", [[0] * 5, [0] * 5 + [1] * 5])
+def test_the_interval_covers_over_seeds(models: list[int], scatter: float) -> None:
+    """Whether training anew moves an arm by nothing, as other prompts would, or by far more."""
+    rng, covered, widths = np.random.default_rng(4), [], []
+    of_model = np.array([0.5, -0.5])[models][:, None] if max(models) else 0.0  # these models are the ones spoken of
+    for seed in range(200):
+        prompts = rng.normal(size=200)
+        a, b = (prompts + rng.normal(0, 0.5, size=(len(models), 200)) for _ in range(2))
+        found = paired_difference(a + of_model + rng.normal(0, scatter, size=(len(models), 1)), b, seed, 50, models)
+        covered.append(found["ci"][0] <= 0 <= found["ci"][1])
+        widths.append(np.ptp(found["ci"]))
+    assert np.mean(covered) >= 0.92
+    if not scatter:  # not far wider than they need be: pictures alone scatter, by 0.5 in each arm
+        assert np.mean(widths) < 1.5 * 2 * 1.96 * (0.5 / len(models) / 200) ** 0.5
+
+
+def test_seeds_are_spoken_of_from_three_on() -> None:
     rng = np.random.default_rng(3)
     prompts = rng.normal(size=300)
     shifts = np.array([-1.0, 0.0, 1.0])[:, None]  # training anew moves this arm by far more than prompts do
     a, b = prompts + 0.2 + shifts, np.tile(prompts, (3, 1))
     wide, narrow = paired_difference(a, b, 0), paired_difference(a[:2], b[:2], 0)
-    assert wide["resampled"] == "prompts and seeds" and narrow["resampled"] == "prompts"
+    assert wide["over"] == "prompts and seeds" and narrow["over"] == "prompts"
     assert wide["verdict"] == "can't tell" and np.ptp(wide["ci"]) > 10 * np.ptp(narrow["ci"])
 
 
