@@ -1,21 +1,26 @@
 """Words read back: what a caption or a prompt says of a scene, and how much of it is true.
 
 Reads the world's own texts, and whatever a stitcher or a captioner makes of its words: shapes brought in by `a`, a
-number or no article at all, with colour, size and place; `the` speaks of a shape again and counts for nothing. The
-words for backgrounds are none of those for shapes, so they count wherever they stand.
+number or no article at all, with colour, size and place. `the` speaks of a shape again: that is no fact anew, but wrong
+where there is no such shape, as is a relation (`the red ring is below the bar`) that does not hold. The words for
+backgrounds are none of those for shapes, so they count wherever they stand. Places are the world's six; what is quoted
+is nobody's statement.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from recap.world.scene import BACKGROUNDS, COLOURS, KINDS, PATTERNS, PLACES
 
 MAX_CHARACTERS = 4000
 SIZE_WORDS = {"small": "small", "little": "small", "tiny": "small", "large": "large", "big": "large"}
-COUNT_WORDS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6}
+COUNT_WORDS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7,
+               "eight": 8, "nine": 9, "ten": 10}
+RELATIONS = {"above": (1, -1), "below": (1, 1), "to the left of": (0, -1), "to the right of": (0, 1)}
+"""How it is said → the axis along which the first shape lies apart from the second (0: x, 1: y), and which way."""
 
 _ANY = "|".join
 SHAPE = re.compile(
@@ -24,6 +29,8 @@ SHAPE = re.compile(
 PLACE = re.compile(rf"\b(?:{_ANY(sorted(PLACES, key=len, reverse=True))})\b")
 BACKGROUND = re.compile(rf"\b(?:{_ANY(BACKGROUNDS)})\b")
 PATTERN = re.compile(rf"\b(?:{_ANY(PATTERNS)})\b")
+RELATION = re.compile(rf"\s+(?:is|are|lies|stands)\s+({_ANY(RELATIONS)})\s+")
+QUOTED = re.compile(r"[“\"][^“”\"]*[”\"]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +44,8 @@ class Thing:
 
     @property
     def num_facts(self) -> int:
-        """What is said of it: that it is there, its size, its place."""
-        return 1 + (self.size is not None) + (self.place is not None)
+        """What is said of it: that it is there, its colour, its size, its place."""
+        return 1 + sum(said is not None for said in (self.colour, self.size, self.place))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +53,46 @@ class Stated:
     """All that a text says."""
 
     things: tuple[Thing, ...]
-    background: str | None
-    pattern: str | None
+    """Brought in, a shape each."""
+    again: tuple[Thing, ...]
+    """Spoken of again."""
+    relations: tuple[tuple[Thing, str, Thing], ...]
+    """Of those that are spoken of again: one, how it lies, another."""
+    backgrounds: tuple[str, ...]
+    """Its colours, each once; so that more than one of them is false."""
+    patterns: tuple[str, ...]
+
+    @property
+    def background(self) -> str | None:
+        return self.backgrounds[0] if self.backgrounds else None
+
+    @property
+    def pattern(self) -> str | None:
+        return self.patterns[0] if self.patterns else None
 
 
 def read(text: str) -> Stated:
     """What a text says of a scene."""
-    text = text[:MAX_CHARACTERS].lower()
-    things = tuple(thing for clause in re.split(r"[.;]", text) for thing in _things(clause))
-    background, pattern = BACKGROUND.search(text), PATTERN.search(text)
-    return Stated(things, background and background[0], pattern and pattern[0])
+    text = QUOTED.sub(" ", text[:MAX_CHARACTERS].lower())
+    clauses = re.split(r"[.;]", text)
+    things = tuple(thing for clause in clauses for thing in _things(clause))
+    again = tuple(_thing(match) for match in SHAPE.finditer(text) if match["count"] == "the")
+    relations = tuple(relation for clause in clauses for relation in _relations(clause))
+    return Stated(things, again, relations, tuple(dict.fromkeys(BACKGROUND.findall(text))),
+                  tuple(dict.fromkeys(PATTERN.findall(text))))
+
+
+def _thing(match: re.Match[str], place: str | None = None) -> Thing:
+    return Thing(match["kind"], match["colour"], SIZE_WORDS[match["size"]] if match["size"] else None, place)
+
+
+def _relations(clause: str) -> Iterator[tuple[Thing, str, Thing]]:
+    """`the red ring is below the small bar`."""
+    found = list(SHAPE.finditer(clause))
+    for first, second in pairwise(found):
+        between = RELATION.fullmatch(clause, first.end(), second.start())
+        if between and first["count"] == second["count"] == "the":
+            yield _thing(first), between[1], _thing(second)
 
 
 def _things(clause: str) -> Iterator[Thing]:
@@ -78,10 +115,9 @@ def _expanded(match: re.Match[str], places: list[str]) -> Iterator[Thing]:
     count = match["count"]
     if count == "the":
         return
-    size = SIZE_WORDS[match["size"]] if match["size"] else None
     number = COUNT_WORDS.get(count or "one", 1)
     for _, place in zip_longest(range(number), places[:number]):
-        yield Thing(match["kind"], match["colour"], size, place)
+        yield _thing(match, place)
 
 
 # --- true or not ---------------------------------------------------------------------------------------------------
@@ -89,14 +125,14 @@ def _expanded(match: re.Match[str], places: list[str]) -> Iterator[Thing]:
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """How a text compares with a scene, in facts: of a shape that it is there, its size, its place; of the background
-    its colour and its pattern.
+    """How a text compares with a scene, in facts: of a shape that it is there, its colour, its size, its place; of the
+    background its colour and its pattern.
     """
 
     covered: int
     """Stated, and true."""
     wrong: int
-    """Stated, and not true."""
+    """Stated, and not true; what is wrong of a shape that is spoken of again, and of relations, as well."""
     total: int
     """There to be stated."""
 
@@ -115,14 +151,24 @@ def compare(stated: Stated, scene: Mapping[str, Any]) -> Truth:
             wrong += thing.num_facts
             continue
         shapes.remove(found)
-        right = 1 + (thing.size == found["size"]) + (thing.place == found["place"])
+        right = 1 + (thing.colour is not None) + (thing.size == found["size"]) + (thing.place == found["place"])
         covered += right
         wrong += thing.num_facts - right
-    for said, true in ((stated.background, scene["background"]["colour"]),
-                       (stated.pattern, scene["background"]["pattern"])):
-        covered += said == true
-        wrong += said not in (None, true)
-    return Truth(covered, wrong, 3 * len(scene["objects"]) + 2)
+    for said, true in ((stated.backgrounds, scene["background"]["colour"]),
+                       (stated.patterns, scene["background"]["pattern"])):
+        covered += true in said
+        wrong += len(set(said) - {true})
+    wrong += sum(not any(_agreement(thing, shape) for shape in scene["objects"]) for thing in stated.again)
+    wrong += sum(not _holds(relation, scene["objects"]) for relation in stated.relations)
+    return Truth(covered, wrong, 4 * len(scene["objects"]) + 2)
+
+
+def _holds(relation: tuple[Thing, str, Thing], shapes: list[Mapping[str, Any]]) -> bool:
+    """Whether it does of any two shapes that may be meant. Of one that is not there it does: that is wrong already."""
+    first, name, second = relation
+    axis, way = RELATIONS[name]
+    meant = [[PLACES[shape["place"]] for shape in shapes if _agreement(thing, shape)] for thing in (first, second)]
+    return not all(meant) or any(way * (here[axis] - there[axis]) > 0 for here in meant[0] for there in meant[1])
 
 
 def _surest_first(things: tuple[Thing, ...], shapes: list[Mapping[str, Any]]) -> list[Thing]:

@@ -1,10 +1,12 @@
 """What a picture shows of what its prompt asks, judged by the reader; and what a caption says, judged by the truth."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 
 from recap.rundir import hash_files
 from recap.world.facts import Stated, Thing, Truth, compare, read
@@ -30,7 +32,8 @@ class WorldJudge:
         "object_accuracy": "share of pictures in which every shape asked for is there, in colour, kind and place, "
                            "and no other",
         "objects_found": "share of the shapes asked for that are there, in colour, kind and place",
-        "binding": "of the shapes asked for whose kind is there, those in the colour asked for",
+        "binding": "of the shapes asked for whose kind is there (in its place, where that is asked for), those in the "
+                   "colour asked for",
         "count": "share of pictures with as many shapes as asked for",
         "places": "of the shapes asked for that are there, those in the place asked for",
         "sizes": "of the shapes found, those in the size asked for",
@@ -68,46 +71,53 @@ def judge(reading: Reading, asked: Stated, complete: bool) -> Values:
         complete: whether the prompt names every shape.
     """
     things = asked.things
-    found = _found(things, reading.shapes)
+    found = _paired(things, reading.shapes, _is, _is_sized)
     right = len(found) == len(things) and (not complete or len(reading.shapes) == len(things))
-    there = [thing for thing in things if any(_is(thing, shape, place=False) for shape in reading.shapes)]
-    of_kind = [thing for thing in things if thing.colour and _candidates(thing, reading.shapes)]
-    in_place = [thing for thing in there if thing.place]
-    sized = [(thing, shape) for thing, shape in found if thing.size]
+    of_kind = _paired(things, reading.shapes, _is_of_kind, _is)
+    there = _paired(things, reading.shapes, _is_named, _is)
     background = [said == seen for said, seen in ((asked.background, reading.background),
                                                   (asked.pattern, reading.pattern)) if said]
     return {
         "object_accuracy": float(right) if things else None,
         "objects_found": _share([True] * len(found) + [False] * (len(things) - len(found))),
-        "binding": _share([any(shape.colour == thing.colour for shape in _candidates(thing, reading.shapes))
-                           for thing in of_kind]),
+        "binding": _share([shape.colour == thing.colour for thing, shape in of_kind if thing.colour]),
         "count": float(len(reading.shapes) == len(things)) if complete else None,
-        "places": _share([any(_is(thing, shape) for shape in reading.shapes) for thing in in_place]),
-        "sizes": _share([thing.size == shape.size for thing, shape in sized]),
+        "places": _share([shape.place == thing.place for thing, shape in there if thing.place]),
+        "sizes": _share([shape.size == thing.size for thing, shape in found if thing.size]),
         "background": _share(background),
     }
 
 
-def _found(things: Iterable[Thing], shapes: Iterable[Seen]) -> list[tuple[Thing, Seen]]:
-    """Things paired with shapes that are as they say, each shape once; those that say most choose first."""
-    left, pairs = list(shapes), []
-    for thing in sorted(things, key=lambda thing: (thing.place is None, thing.colour is None)):
-        if fitting := [shape for shape in left if _is(thing, shape)]:
-            shape = max(fitting, key=lambda shape: shape.size == thing.size)
-            left.remove(shape)
-            pairs.append((thing, shape))
-    return pairs
+Fits = Callable[[Thing, Seen], bool]
 
 
-def _is(thing: Thing, shape: Seen, place: bool = True) -> bool:
-    """Whether a shape has the kind, the colour and, if `place`, the place that were said."""
-    return (thing.kind == shape.kind and thing.colour in (None, shape.colour)
-            and (not place or thing.place in (None, shape.place)))
+def _paired(things: Sequence[Thing], shapes: Sequence[Seen], fits: Fits, better: Fits) -> list[tuple[Thing, Seen]]:
+    """Things and shapes that fit, one to one: as many as can be, and of the ways to do that one with most better."""
+    if not things or not shapes:
+        return []
+    worth = np.array([[fits(thing, shape) * (1 + better(thing, shape) / (1 + len(shapes))) for shape in shapes]
+                      for thing in things])
+    return [(things[row], shapes[column]) for row, column in zip(*linear_sum_assignment(worth, maximize=True),
+                                                                 strict=True) if worth[row, column]]
 
 
-def _candidates(thing: Thing, shapes: Iterable[Seen]) -> list[Seen]:
-    """The shapes of a thing's kind, in its place if it was said."""
-    return [shape for shape in shapes if shape.kind == thing.kind and thing.place in (None, shape.place)]
+def _is_named(thing: Thing, shape: Seen) -> bool:
+    """Of the kind and the colour that were said."""
+    return thing.kind == shape.kind and thing.colour in (None, shape.colour)
+
+
+def _is_of_kind(thing: Thing, shape: Seen) -> bool:
+    """Of the kind, in the place if one was said."""
+    return thing.kind == shape.kind and thing.place in (None, shape.place)
+
+
+def _is(thing: Thing, shape: Seen) -> bool:
+    """Of the kind, the colour and the place that were said."""
+    return _is_named(thing, shape) and _is_of_kind(thing, shape)
+
+
+def _is_sized(thing: Thing, shape: Seen) -> bool:
+    return thing.size in (None, shape.size)
 
 
 def _share(truths: list[bool]) -> float | None:

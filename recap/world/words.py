@@ -85,8 +85,9 @@ def _false_fact(scene: Scene, rng: Random) -> str:
     """Something that can be seen to be wrong: a kind, a name or a background that the scene does not have."""
     kinds, colours = {s.kind for s in scene.shapes}, {s.colour for s in scene.shapes}
     kind = rng.choice([kind for kind in KINDS if kind not in kinds] or list(KINDS))
-    name = rng.choice([f"{colour} {kind}" for colour in COLOURS for kind in KINDS
-                       if colour not in colours or kind not in kinds])
+    names, shown = [f"{colour} {kind}" for colour in COLOURS for kind in KINDS], {s.name for s in scene.shapes}
+    name = rng.choice([name for name in names if not set(name.split()) <= colours | kinds]
+                      or [name for name in names if name not in shown])  # six shapes may show all colours and kinds
     background = Background(rng.choice([name for name in BACKGROUNDS if name != scene.background.colour]),
                             rng.choice([name for name in PATTERNS if name != scene.background.pattern]))
     return rng.choice((kind if kind not in kinds else name, name, background.name))
@@ -128,8 +129,8 @@ def reference_short(scene: Scene, rng: Random) -> str:
     named = [_article(shape.name) for shape in shapes]
     text = _joined([*named, "more shapes"] if len(shapes) < len(scene.shapes) else named)
     background = scene.background
-    return rng.choice((text, f"{text} on {background.colour}", f"{text} over {_article(background.name)}",
-                       f"{_capital(text)}, drawn flat"))
+    return rng.choice((f"picture with {text}", f"{text} on {background.colour}",
+                       f"{text} over {_article(background.name)}", f"{_capital(text)}, drawn flat"))
 
 
 def reference_long(scene: Scene, rng: Random) -> str:
