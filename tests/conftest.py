@@ -37,10 +37,13 @@ def world_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def world_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Drawn scenes: train/*.tar (48 images), evaluation/*.tar (16), prompts/evaluation/*.jsonl (16 and some cut)."""
+    """Drawn scenes: train/*.tar (48 images), evaluation/*.tar and reference/*.tar (16), prompts/evaluation/*.jsonl (16
+    and, of those over one window, the same whole and cut).
+    """
     from recap.world.draw import draw
     out = tmp_path_factory.mktemp("world") / "shards"
-    draw(out, num_train=48, num_tuning=8, num_validation=0, num_evaluation=16, shard_size=64)
+    draw(out, num_train=48, num_tuning=8, num_validation=0, num_evaluation=16, num_reference=16,
+         shard_size=64)
     return out
 
 

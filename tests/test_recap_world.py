@@ -21,6 +21,7 @@ from recap.errors import UserError
 from recap.sample import Sample
 from recap.shards import read_shard
 from recap.world.draw import draw
+from recap.world.facts import compare, read
 from recap.world.init import init_untrained
 from recap.world.scene import (
     BACKGROUNDS,
@@ -37,7 +38,7 @@ from recap.world.scene import (
 )
 from recap.world.words import ALT_SHARES, alt_text, describe, reference_rich
 
-SMALL = {"num_train": 3, "num_tuning": 1, "num_validation": 0, "num_evaluation": 2}
+SMALL = {"num_train": 3, "num_tuning": 1, "num_validation": 0, "num_evaluation": 2, "num_reference": 1}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -52,24 +53,24 @@ def samples(*shards: Path) -> list[Sample]:
 
 
 def test_the_same_settings_give_the_same_bytes_in_another_process(tmp_path: Path) -> None:
-    draw(tmp_path / "a", 70, 2, 0, 5, 1, seed=3, shard_size=64)
+    draw(tmp_path / "a", 70, 2, 0, 5, 3, 1, seed=3, shard_size=64)
     subprocess.run([sys.executable, "-c", "import sys; from pathlib import Path; from recap.world.draw import draw; "
-                    "draw(Path(sys.argv[1]), 70, 2, 0, 5, 1, seed=3, shard_size=64)", str(tmp_path / "b")], check=True,
-                   capture_output=True)
+                    "draw(Path(sys.argv[1]), 70, 2, 0, 5, 3, 1, seed=3, shard_size=64)", str(tmp_path / "b")],
+                   check=True, capture_output=True)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert [name for name in files(tmp_path / "a") if not name.startswith("prompts/")] == [
         "base/00000.tar", "base/00000_stats.json", "done.json", "evaluation/00000.tar", "evaluation/00000_stats.json",
-        "train/00000.tar", "train/00000_stats.json", "train/00001.tar", "train/00001_stats.json", "tuning/00000.tar",
-        "tuning/00000_stats.json"]
+        "reference/00000.tar", "reference/00000_stats.json", "train/00000.tar", "train/00000_stats.json",
+        "train/00001.tar", "train/00001_stats.json", "tuning/00000.tar", "tuning/00000_stats.json"]
 
 
 def test_another_seed_gives_another_world_and_no_split_shares_a_picture(tmp_path: Path) -> None:
-    draw(tmp_path / "a", 9, 9, 9, 9, seed=0)
-    draw(tmp_path / "b", 9, 9, 9, 9, seed=1)
+    draw(tmp_path / "a", 9, 9, 9, 9, 9, seed=0)
+    draw(tmp_path / "b", 9, 9, 9, 9, 9, seed=1)
     a, b = files(tmp_path / "a"), files(tmp_path / "b")
     assert not {name for name in a if name.endswith((".tar", ".jsonl")) and a[name] == b[name]}
     pictures = [sample.image_bytes for shard in tmp_path.glob("a/*/*.tar") for sample in samples(shard)]
-    assert len(set(pictures)) == len(pictures) == 36
+    assert len(set(pictures)) == len(pictures) == 45
 
 
 def test_a_larger_drawing_begins_as_a_smaller_one(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_what_is_there_stays_and_other_settings_are_refused(tmp_path: Path, caps
     draw(tmp_path, **SMALL)
     assert "there already" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-    with pytest.raises(UserError, match="another size"):
+    with pytest.raises(UserError, match="made with size 32, not 64: delete it"):
         draw(tmp_path, **SMALL, size=64)
 
 
@@ -95,11 +96,14 @@ def test_a_killed_drawing_is_drawn_again(tmp_path: Path) -> None:
     (tmp_path / "killed/done.json").unlink()
     (tmp_path / "killed/train/00001.tar").unlink()
     (tmp_path / "killed/train/.00001.tar.tmp").write_bytes(b"half a tar")
+    assert (tmp_path / "killed/begun.json").write_bytes((tmp_path / "whole/done.json").read_bytes())
+    with pytest.raises(UserError, match="made with num_train 3, not 2"):  # shards of the two would be mixed
+        draw(tmp_path / "killed", **SMALL | {"num_train": 2}, shard_size=2)
     draw(tmp_path / "killed", **SMALL, shard_size=2)
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("settings", [{"num_train": -1}, {"size": 16}, {"size": 256}])
+@pytest.mark.parametrize("settings", [{"num_train": -1}, {"size": 16}, {"size": 256}, {"shard_size": 0}])
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path, settings: dict[str, int]) -> None:
     with pytest.raises(UserError):
         draw(tmp_path, **settings)
@@ -181,6 +185,16 @@ def test_every_kind_is_drawn_in_its_place_and_differs_from_every_background() ->
                 assert not drawn[:, 16:].any()
 
 
+def test_what_six_shapes_leave_to_be_false() -> None:
+    """Six shapes of all kinds and all colours: what is false of them is a colour of another."""
+    background = Background("grey", "plain")
+    shapes = tuple(Shape(kind, colour, "small", place, *PLACES[place])
+                   for kind, colour, place in zip(KINDS, COLOURS, PLACES, strict=True))
+    found = {alt_text(Scene(background, shapes), Random(index)) for index in range(400)}
+    assert all(compare(read(text), Scene(background, shapes).metadata(32)).wrong
+               for kind, text in found if kind == "false")
+
+
 # --- words ---------------------------------------------------------------------------------------------------------
 
 
@@ -247,10 +261,11 @@ def test_cut_prompts_are_the_first_tokens_of_the_whole_ones(tmp_path: Path) -> N
     draw(tmp_path, 0, 0, 0, 100)
     sets = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
             for path in (tmp_path / "prompts/evaluation").glob("*.jsonl")}
-    assert {name: len(rows) for name, rows in sets.items() if name != "rich-cut"} == {
+    assert {name: len(rows) for name, rows in sets.items() if name not in ("rich-cut", "rich-whole")} == {
         "reference-short": 30, "reference-long": 30, "rich": 30, "alt-like": 10}
-    long = {row["prompt"] for row in sets["rich"] if split(row["prompt"], clip_tokenizer()).num_tokens > 75}
-    assert {row["asks"] for row in sets["rich-cut"]} == long
+    long = [row for row in sets["rich"] if split(row["prompt"], clip_tokenizer()).num_tokens > 75]
+    assert sets["rich-whole"] == long
+    assert [row["asks"] for row in sets["rich-cut"]] == [row["prompt"] for row in long]
     assert len(long) >= 10
     for row in sets["rich-cut"]:
         whole = [token for window in split(row["asks"], clip_tokenizer()).ids for token in window]
@@ -276,7 +291,7 @@ def test_checkpoints_come_out_equal_and_are_not_written_twice(world_models: Path
     capsys.readouterr()
     init_untrained(world_models)
     assert "there already" in capsys.readouterr().err
-    with pytest.raises(UserError, match="another seed"):
+    with pytest.raises(UserError, match="made with seed 0, not 1"):
         init_untrained(world_models, seed=1)
     with pytest.raises(UserError, match="multiple of 16"):
         init_untrained(tmp_path / "odd", size=50)

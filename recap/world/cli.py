@@ -22,6 +22,7 @@ def draw(
     num_tuning: Annotated[int, typer.Option(help="Images to stitch captions of.")] = 150,
     num_validation: Annotated[int, typer.Option(help="Held-out images to choose settings by.")] = 200,
     num_evaluation: Annotated[int, typer.Option(help="Held-out images to report on; as many prompts.")] = 2000,
+    num_reference: Annotated[int, typer.Option(help="Held-out images that FID is measured against.")] = 4000,
     num_base: Annotated[int, typer.Option(help="Images that only the base model is trained on.")] = 0,
     size: Size = 32,
     seed: Seed = 0,
@@ -30,24 +31,28 @@ def draw(
     """Draw webdataset shards of scenes with bad alt-text and exact descriptions, and prompts."""
     from recap.world.draw import draw as run
 
-    run(out, num_train, num_tuning, num_validation, num_evaluation, num_base, size, seed, shard_size)
+    run(out, num_train, num_tuning, num_validation, num_evaluation, num_reference, num_base, size, seed, shard_size)
 
 
 @app.command()
 def init(
     out: Out,
     untrained: Annotated[bool, typer.Option("--untrained", help="Random weights: where training begins.")] = False,
-    size: Size = 32,
-    seed: Seed = 0,
+    size: Annotated[int | None, typer.Option(help="Of untrained ones: side of the images, in pixels.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of untrained ones: of their weights.")] = None,
 ) -> None:
     """Write the tiny checkpoints: BLIP-2, Stable Diffusion, DETR, CLIP, a feature network, and the reader."""
+    from recap.errors import UserError
+    from recap.world.base import SIZE
     from recap.world.init import init as write_trained
     from recap.world.init import init_untrained
 
     if untrained:
-        init_untrained(out, size, seed)
-    else:
+        init_untrained(out, size or SIZE, seed or 0)
+    elif (size, seed) == (None, None):
         write_trained(out)
+    else:
+        raise UserError(f"the trained checkpoints are of {SIZE} pixels: --size and --seed go with --untrained only")
 
 
 @app.command()
@@ -56,7 +61,10 @@ def train_base(
     part: Annotated[list[str] | None, typer.Option(help="Only this part; may be given again. By default all.")] = None,
     ship: Annotated[bool, typer.Option("--ship", help="Then copy all parts into this package.")] = False,
 ) -> None:
-    """Train the tiny checkpoints, one part after another: hours on two cores. To resume, run the same again."""
+    """Train the tiny checkpoints, one part after another: hours on two cores. To resume, run the same again.
+
+    Two commands on one folder, with different parts, keep two cores busy.
+    """
     from recap.world import base
 
     base.train_base(out, part or base.PARTS)
@@ -96,9 +104,13 @@ def sheet(
     """Show pictures with what the reader sees in each, for a person to check."""
     from PIL import Image
 
+    from recap.errors import UserError
     from recap.world.reader import Reader
     from recap.world.sheet import sheet as lay_out
 
     paths = sorted(folder.glob("*.png"))
-    pictures = [Image.open(path) for path in paths[::max(len(paths) // num, 1)][:num]]
+    num = min(num, len(paths))
+    if num < 1:
+        raise UserError(f"no picture to show from {folder}: give a folder of .png files, and --num 1 or more")
+    pictures = [Image.open(paths[index * len(paths) // num]) for index in range(num)]
     lay_out(pictures, Reader.open(models / "reader", "cpu").read(pictures)).save(out)

@@ -2,7 +2,6 @@
 
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,13 +23,15 @@ from recap.world.words import (
     reference_short,
 )
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same settings would give other shards."""
 WINDOW = 75
 """Content tokens that CLIP reads at once."""
 NUM_CUT = 150
-"""Prompts over that length that are also drawn cut down to it, at most."""
-HELD_OUT = ("validation", "evaluation")
+"""Prompts over that length that are also drawn whole and cut down to it, at most."""
+PROMPTED = ("validation", "evaluation")
+"""Splits whose scenes are asked for by prompts."""
+HELD_OUT = (*PROMPTED, "reference")
 REFERENCES = {"reference-short": reference_short, "reference-long": reference_long, "reference-rich": reference_rich}
 SETS = {"reference-short": "reference-short", "reference-long": "reference-long", "rich": "reference-rich",
         "alt-like": "alt"}
@@ -40,7 +41,7 @@ TURNS = ("reference-short", "reference-long", "rich") * 3 + ("alt-like",)
 
 
 def draw(out: Path, num_train: int = 2000, num_tuning: int = 150, num_validation: int = 200, num_evaluation: int = 2000,
-         num_base: int = 0, size: int = 32, seed: int = 0, shard_size: int = 250) -> None:
+         num_reference: int = 4000, num_base: int = 0, size: int = 32, seed: int = 0, shard_size: int = 250) -> None:
     """Draw `OUT/SPLIT/*.tar` for every split, and `OUT/prompts/{validation,evaluation}/SET.jsonl`.
 
     Every sample has its alt-text (`KEY.txt`), an exact description (`KEY.exact.txt`) and its alt-text as it would be if
@@ -54,6 +55,8 @@ def draw(out: Path, num_train: int = 2000, num_tuning: int = 150, num_validation
         num_tuning: images to stitch captions of, and to tune the captioner on.
         num_validation: held-out images for what is chosen (guidance).
         num_evaluation: held-out images for what is reported; as many prompts.
+        num_reference: held-out images that FID is measured against. No prompt asks for their scenes: an arm that draws
+            what it is asked for would share the luck of these very scenes, and its FID would be too low.
         num_base: images that the base diffusion model was trained on; only `recap world train-base` needs them.
         size: side of the square images, in pixels.
         seed: of the whole world.
@@ -63,22 +66,27 @@ def draw(out: Path, num_train: int = 2000, num_tuning: int = 150, num_validation
         UserError: a negative number, a size out of 32 to 128, or `out` holds a drawing of other settings.
     """
     counts = {"train": num_train, "tuning": num_tuning, "validation": num_validation, "evaluation": num_evaluation,
-              "base": num_base}
-    if min(counts.values()) < 0:
-        raise UserError(f"cannot draw {min(counts.values())} images: give 0 or more")
+              "reference": num_reference, "base": num_base}
+    for name, number in counts.items():
+        if number < 0:
+            raise UserError(f"num_{name} = {number}: give 0 or more")
+    if shard_size < 1:
+        raise UserError(f"shard_size = {shard_size}: give 1 or more")
     if not 32 <= size <= 128:
         raise UserError(f"size {size}: give 32 to 128 pixels: shapes can be told apart, and models stay tiny")
-    settings = {"format": FORMAT, "counts": counts, "size": size, "seed": seed, "shard_size": shard_size}
+    settings = {"format": FORMAT, **{f"num_{name}": number for name, number in counts.items()}, "size": size,
+                "seed": seed, "shard_size": shard_size}
     if marker.is_done(out, settings):
         say(f"{out}: the drawing is there already")
         return
+    marker.begin(out, settings)
     with bar("draw", total=sum(counts.values())) as progress:
         for name, number in counts.items():
             for shard, start in enumerate(range(0, number, shard_size)):
                 places = range(start, min(start + shard_size, number))
                 _write_shard(out, name, shard, places, size, seed)
                 progress.update(len(places))
-    num_prompts = sum(_write_prompts(out, name, counts[name], seed) for name in HELD_OUT)
+    num_prompts = sum(_write_prompts(out, name, counts[name], seed) for name in PROMPTED)
     marker.finish(out, settings)
     say(f"{out}: {', '.join(f'{number} {name}' for name, number in counts.items() if number)}; {num_prompts} prompts")
 
@@ -127,16 +135,19 @@ def _members(key: str, size: int, scene: Scene, texts: dict[str, str]) -> dict[s
 
 # --- prompts -------------------------------------------------------------------------------------------------------
 
+Row = dict[str, Any]
+"""A line of a prompt set."""
+
 
 def _write_prompts(out: Path, split_name: str, number: int, seed: int) -> int:
     """Write the prompt sets of a held-out split; how many prompts there are."""
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[Row]] = {}
     for index in range(number):
         name = TURNS[index % len(TURNS)]
         scene, rng = scene_of(split_name, index, seed)
         text = _texts(scene, rng, references=True)[SETS[name]]
         rows.setdefault(name, []).append({"prompt": text, "complete": _is_complete(name, text)})
-    rows["rich-cut"] = list(_cut(rows.get("rich", [])))
+    rows["rich-whole"], rows["rich-cut"] = _over_one_window(rows.get("rich", []))
     for name, prompts in rows.items():
         if prompts:
             lines = "".join(json.dumps(row) + "\n" for row in prompts)
@@ -149,12 +160,16 @@ def _is_complete(name: str, text: str) -> bool:
     return name != "alt-like" and "more shapes" not in text
 
 
-def _cut(rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The prompts over CLIP's window, cut as trainers and samplers without chunking cut them; judged by the whole."""
+def _over_one_window(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """The prompts over CLIP's window, as they are, and cut as trainers and samplers without chunking cut them.
+
+    Both in the same order, and both judged by the whole prompt.
+    """
     tokenizer = clip_tokenizer()
-    found = 0
+    whole, cut = [], []
     for row in rows:
         ids = [token for window in split(row["prompt"], tokenizer).ids for token in window]
-        if len(ids) > WINDOW and found < NUM_CUT:
-            found += 1
-            yield {**row, "prompt": tokenizer.decode(ids[:WINDOW]), "asks": row["prompt"]}
+        if len(ids) > WINDOW:
+            whole.append(row)
+            cut.append({**row, "prompt": tokenizer.decode(ids[:WINDOW]), "asks": row["prompt"]})
+    return whole[:NUM_CUT], cut[:NUM_CUT]

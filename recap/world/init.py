@@ -9,23 +9,25 @@ import torch
 from recap.checkpoint import publish
 from recap.errors import UserError
 from recap.progress import say
-from recap.world import marker
+from recap.rundir import hash_files
+from recap.world import base, marker
 from recap.world.base import PARTS, SIZE, unpack
 
 FORMAT = 2
-"""Raised when the same settings would give other checkpoints."""
+"""Raised when the same settings would give other untrained checkpoints."""
 
 
 def init(out: Path) -> None:
     """Copy the trained checkpoints of this version to `out`, one folder a part. Does nothing where it has been done.
 
     Raises:
-        UserError: `out` holds others.
+        UserError: `out` holds others, such as an earlier version's.
     """
-    settings = {"format": FORMAT, "trained": True, "size": SIZE}
+    settings = {"trained": True, "size": SIZE, "version": hash_files(base.SHIPPED)}
     if marker.is_done(out, settings):
         say(f"{out}: the checkpoints are there already")
         return
+    marker.begin(out, settings)
     for part in PARTS:
         temporary = out / f".{part}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -50,6 +52,7 @@ def init_untrained(out: Path, size: int = SIZE, seed: int = 0) -> None:
     if marker.is_done(out, settings):
         say(f"{out}: the checkpoints are there already")
         return
+    marker.begin(out, settings)
     for part, (name, _) in PARTS.items():
         module = importlib.import_module(f"recap.world.base.{name}")
         temporary = out / f".{part}.tmp"

@@ -1,4 +1,4 @@
-"""The mark of a finished folder of the world: `done.json` with the settings that it was made with."""
+"""The marks of a folder of the world: `begun.json`, then `done.json`, with the settings that it is made with."""
 
 import json
 from pathlib import Path
@@ -7,22 +7,37 @@ from typing import Any
 from recap.errors import UserError
 from recap.shards import write_json
 
+DONE, BEGUN = "done.json", "begun.json"
+
 
 def is_done(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` was finished with these settings. `UserError` if it was finished with others."""
-    try:
-        found = json.loads((out / "done.json").read_bytes())
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out / 'done.json'} cannot be read ({error}): delete {out} or give another folder") from None
-    if found == settings:
-        return True
-    differing = [key for key in settings if not isinstance(found, dict) or found.get(key) != settings[key]]
-    other = ", ".join(differing) or "version"
-    raise UserError(f"{out} was made with another {other}: delete it or give another folder")
+    """Whether `out` was finished with these settings. `UserError` if it was finished, or begun, with others."""
+    done, begun = (_read(out / name) for name in (DONE, BEGUN))
+    for found in (done, begun):
+        if found is not None and found != settings:
+            changed = [f"{key} {found.get(key)}, not {settings[key]}" for key in settings
+                       if found.get(key) != settings[key]]
+            raise UserError(f"{out} was made with {', '.join(changed) or 'another version'}: delete it or give another "
+                            "folder")
+    return done is not None
+
+
+def begin(out: Path, settings: dict[str, Any]) -> None:
+    """Say what `out` is being made with, so that what a killed command leaves is not mixed with other things."""
+    write_json(str(out / BEGUN), settings)
 
 
 def finish(out: Path, settings: dict[str, Any]) -> None:
     """Mark `out` as finished; to be called last."""
-    write_json(str(out / "done.json"), settings)
+    write_json(str(out / DONE), settings)
+    (out / BEGUN).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): delete {path.parent} or give another folder") from None
+    return found if isinstance(found, dict) else {}

@@ -89,7 +89,7 @@ class Scene:
 
 def draw_scene(rng: Random, num_shapes: int | None = None) -> Scene:
     """Draw the lots of a scene; `num_shapes` fixes how many shapes it has."""
-    count = num_shapes or rng.choices(list(NUM_SHAPES), list(NUM_SHAPES.values()))[0]
+    count = rng.choices(list(NUM_SHAPES), list(NUM_SHAPES.values()))[0] if num_shapes is None else num_shapes
     places = sorted(rng.sample(list(PLACES), count), key=list(PLACES).index)
     background = Background(rng.choice(list(BACKGROUNDS)), rng.choice(PATTERNS))
     return Scene(background, tuple(_draw_shape(rng, place) for place in places))

@@ -20,7 +20,11 @@ SIZE = 32
 PARTS = {"vae": ("vae", 0), "reader": ("reader", 11), "features": ("features", 21), "clip": ("clip", 31),
          "detr": ("detr", 41), "blip2": ("blip2", 3), "stable-diffusion-0": ("stable_diffusion", 0),
          "stable-diffusion-1": ("stable_diffusion", 1)}
-"""Part → the module that makes it, and the seed of its weights and drawings: no two parts share these."""
+"""Part → the module that makes it, and the seed of its weights and of its drawings, which bear the module's name too.
+
+The two diffusion models read the same drawings, in orders of their own.
+"""
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECORDS = ("log.jsonl", "done.json")
 """What is kept of a part's training."""
 NUM_BASE = 120_000
@@ -68,7 +72,8 @@ def _train_diffusion(module: Any, part: str, seed: int, stage: StageDir, out: Pa
     vae = out / "vae" / "model"
     if not vae.is_dir():
         raise UserError(f"{part} needs the VAE first: recap world train-base {out} --part vae")
-    draw(out / "shards", num_train=0, num_tuning=0, num_validation=0, num_evaluation=0, num_base=NUM_BASE, size=SIZE)
+    draw(out / "shards", num_train=0, num_tuning=0, num_validation=0, num_evaluation=0, num_reference=0,
+         num_base=NUM_BASE, size=SIZE)
     result: dict[str, float] = module.train(stage, seed, SIZE, vae, str(out / "shards" / "base" / "*.tar"))
     return result
 
@@ -83,11 +88,19 @@ def ship(out: Path) -> None:
     """Copy what `train_base` left below `out` into this package: models, logs and figures.
 
     A pipeline's VAE is that of the part `vae`, and its tokenizer open_clip's: they are shipped once.
+
+    Raises:
+        UserError: a part is not trained yet, or a diffusion model was trained with another VAE.
     """
     for part in PARTS:
         source = out / part
         if not (source / "done.json").is_file():
             raise UserError(f"{part} is not trained yet: recap world train-base {out} --part {part}")
+        own = source / "model" / "vae" / VAE_WEIGHTS
+        if own.is_file() and own.read_bytes() != (out / "vae" / "model" / VAE_WEIGHTS).read_bytes():
+            raise UserError(f"{part} was trained with another VAE than {out / 'vae'}: delete it and train it again")
+    for part in PARTS:
+        source = out / part
         target = SHIPPED / part
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(source / "model", target, ignore=shutil.ignore_patterns("vae", "tokenizer"))
