@@ -3,7 +3,7 @@
 It judges pictures that models drew, so no part of the pipeline is trained with it or on it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -70,7 +71,7 @@ class Reader(nn.Module):
         reader = cls()
         try:
             reader.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS).items()})
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"no reader's weights in {folder} ({reason}): `recap world init` writes them") from None
         return reader.to(device).eval()
@@ -144,16 +145,15 @@ def reader_loss(logits: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
     return torch.stack(losses).sum()
 
 
-def agrees(reading: Reading, scene: Scene) -> dict[str, Any]:
-    """How a reading compares with the scene: `objects` (kind and colour right in all places), `sizes` (of all shapes
-    too), `background` (colour and pattern).
+def agrees(reading: Reading, scene: Mapping[str, Any]) -> dict[str, bool]:
+    """How a reading compares with a scene's metadata (see `Scene.metadata`): `objects` (kind and colour right in all
+    places), `sizes` (of all shapes too), `background` (colour and pattern).
     """
-    seen = {shape.place: shape for shape in reading.shapes}
-    true = {shape.place: shape for shape in scene.shapes}
-    objects = seen.keys() == true.keys() and all(
-        (seen[place].kind, seen[place].colour) == (shape.kind, shape.colour) for place, shape in true.items())
+    seen = {shape.place: (shape.kind, shape.colour) for shape in reading.shapes}
+    objects = seen == {thing["place"]: (thing["kind"], thing["colour"]) for thing in scene["objects"]}
+    sizes = {shape.place: shape.size for shape in reading.shapes}
     return {
         "objects": objects,
-        "sizes": objects and all(seen[place].size == shape.size for place, shape in true.items()),
-        "background": (reading.background, reading.pattern) == (scene.background.colour, scene.background.pattern),
+        "sizes": objects and sizes == {thing["place"]: thing["size"] for thing in scene["objects"]},
+        "background": {"colour": reading.background, "pattern": reading.pattern} == scene["background"],
     }

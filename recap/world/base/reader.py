@@ -38,7 +38,7 @@ def train(stage: StageDir, seed: int, size: int, schedule: Schedule) -> dict[str
     save(model, stage.path / "model", size)
     held_out = Drawings.draw(f"{seed}/reader/held out", 2000, SIDE)
     readings = model.read(held_out.images())
-    found = [agrees(reading, scene) for reading, scene in zip(readings, held_out.scenes, strict=True)]
+    found = [agrees(reading, scene.metadata(SIDE)) for reading, scene in zip(readings, held_out.scenes, strict=True)]
     return {"objects": sum(each["objects"] for each in found) / len(found),
             "everything": sum(all(each.values()) for each in found) / len(found)}
 
