@@ -1,6 +1,8 @@
 """How the world's checkpoints are made: every part trains, stops, goes on, is shipped, and opens again."""
 
 import importlib
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +82,21 @@ def test_every_part_leaves_its_log_and_its_figures(trained: Path) -> None:
         assert (trained / "shipped" / part / "log.jsonl").read_text().count('"step": 2') in (1, 2)
     diffusion = (trained / "shipped" / "stable-diffusion-0" / "log.jsonl").read_text()
     assert "nearest_of_100" in diffusion  # of the text encoder, trained first
+    figures = json.loads((trained / "shipped" / "stable-diffusion-0" / "done.json").read_text())
+    assert figures["loss"] > 0 and figures["gain_by_own"] != figures["gain_by_other"]
+
+
+def test_a_diffusion_model_is_not_shipped_with_another_vae(trained: Path, monkeypatch: pytest.MonkeyPatch,
+                                                           tmp_path: Path) -> None:
+    monkeypatch.setattr(base, "SHIPPED", tmp_path / "shipped")
+    shutil.copytree(trained / "base", tmp_path / "base")
+    weights = tmp_path / "base/vae/model" / base.VAE_WEIGHTS
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="stable-diffusion-0 was trained with another VAE"):
+        base.ship(tmp_path / "base")
+    assert not (tmp_path / "shipped").exists()
 
 
 def test_what_is_shipped_opens_as_it_was_trained(trained: Path) -> None:

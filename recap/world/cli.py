@@ -19,7 +19,7 @@ Seed = Annotated[int, typer.Option(help="Seed of all that is drawn by lot.")]
 def draw(
     out: Out,
     num_train: Annotated[int, typer.Option(help="Images to relabel, and to train the arms on.")] = 2000,
-    num_tuning: Annotated[int, typer.Option(help="Images to stitch captions of.")] = 150,
+    num_tuning: Annotated[int, typer.Option(help="Images to stitch captions of.")] = 200,
     num_validation: Annotated[int, typer.Option(help="Held-out images to choose settings by.")] = 200,
     num_evaluation: Annotated[int, typer.Option(help="Held-out images to report on; as many prompts.")] = 2000,
     num_reference: Annotated[int, typer.Option(help="Held-out images that FID is measured against.")] = 4000,
@@ -63,7 +63,8 @@ def train_base(
 ) -> None:
     """Train the tiny checkpoints, one part after another: hours on two cores. To resume, run the same again.
 
-    Two commands on one folder, with different parts, keep two cores busy.
+    Two commands on one folder, with different parts, keep two cores busy; the diffusion models, by far the longest, are
+    trained on a GPU where there is one.
     """
     from recap.world import base
 

@@ -40,7 +40,7 @@ TURNS = ("reference-short", "reference-long", "rich") * 3 + ("alt-like",)
 """Which prompt set a held-out scene goes to, by its number."""
 
 
-def draw(out: Path, num_train: int = 2000, num_tuning: int = 150, num_validation: int = 200, num_evaluation: int = 2000,
+def draw(out: Path, num_train: int = 2000, num_tuning: int = 200, num_validation: int = 200, num_evaluation: int = 2000,
          num_reference: int = 4000, num_base: int = 0, size: int = 32, seed: int = 0, shard_size: int = 250) -> None:
     """Draw `OUT/SPLIT/*.tar` for every split, and `OUT/prompts/{validation,evaluation}/SET.jsonl`.
 

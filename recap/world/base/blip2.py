@@ -73,6 +73,7 @@ def build(size: int) -> Blip2ForConditionalGeneration:
 
 
 def processor(size: int) -> Blip2Processor:
+    """Resizes pictures to `size` pixels and puts the placeholders of the queries before a text."""
     return Blip2Processor(BlipImageProcessor(size={"height": size, "width": size}), opt_tokenizer(), NUM_QUERY_TOKENS)
 
 

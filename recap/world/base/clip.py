@@ -23,6 +23,7 @@ TEXT_WIDTH = 40
 
 
 def model_config(size: int) -> dict[str, Any]:
+    """What open_clip builds the model from, as in `open_clip_config.json`; pictures are of `size` pixels."""
     return {
         "embed_dim": 48,
         "vision_cfg": {"image_size": size, "layers": 3, "width": 96, "head_width": 24, "patch_size": size // 4},
@@ -32,6 +33,7 @@ def model_config(size: int) -> dict[str, Any]:
 
 
 def build(size: int) -> CLIP:
+    """An open_clip model: pictures (B, 3, S, S) and token ids (B, 77) → embeddings (B, 48)."""
     return CLIP(**model_config(size))
 
 

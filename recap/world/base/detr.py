@@ -36,6 +36,7 @@ ENLARGED = 2
 
 
 def build(size: int) -> DetrForObjectDetection:
+    """A DETR with a small ResNet, for pictures of `size` pixels, enlarged."""
     backbone = {"model_type": "resnet", "embedding_size": 32, "hidden_sizes": [32, 64], "depths": [2, 2],
                 "layer_type": "basic", "out_features": ["stage2"]}
     config = DetrConfig(
@@ -46,6 +47,7 @@ def build(size: int) -> DetrForObjectDetection:
 
 
 def processor(size: int) -> DetrImageProcessor:
+    """Enlarges pictures of `size` pixels, so that small shapes cover several cells of the backbone's map."""
     return DetrImageProcessor(size={"height": size * ENLARGED, "width": size * ENLARGED}, do_pad=False)
 
 

@@ -1,4 +1,4 @@
-"""The training loop of the base checkpoints. To resume, run the same command again."""
+"""The training loop of the base checkpoints, on the CPU. To resume, run the same command again."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -86,7 +86,7 @@ def _resume(stage: StageDir, model: nn.Module, optimizer: torch.optim.Optimizer)
     if found is None:
         return 0
     tensors, state = found
-    model.load_state_dict(checkpoint.without_prefix("model", tensors), strict=False)
+    model.load_state_dict(checkpoint.without_prefix("model", tensors), strict=False)  # tied weights are kept once
     checkpoint.load_optimizer(optimizer, checkpoint.without_prefix("optimizer", tensors))
     return int(state["step"])
 

@@ -17,8 +17,12 @@ from recap.pipeline import Experiment, run
 from recap.rundir import StageDir
 from recap.world.base import text_encoder
 from recap.world.base import vae as vae_part
+from recap.world.base.drawings import Drawings, to_float
 from recap.world.base.fit import Schedule
 from recap.world.base.fp16 import say_float32
+from recap.world.words import clean_alt_text
+from train_t2i.loss import add_noise, per_sample_mse, target
+from train_t2i.text import encode_prompts
 
 SCHEDULE = Schedule(steps=3000, batch_size=128, lr=1e-3)
 """Of the text encoder."""
@@ -26,6 +30,7 @@ TRAIN = {"steps": 48_000, "batch_size": 32, "lr": 1.5e-3, "lr_scheduler": "cosin
          "caption_dropout": 0.1, "ema_decay": 0.999, "train_text_encoder": False, "checkpoint_every": 1000}
 """Of the UNet."""
 WIDTHS = (64, 96)
+NUM_HELD_OUT = 500
 
 
 def build(size: int, vae: AutoencoderKL | None = None) -> StableDiffusionPipeline:
@@ -62,19 +67,47 @@ def train(stage: StageDir, seed: int, size: int, vae: Path, shards: str) -> dict
         size: of the images, in pixels.
         vae: folder of the trained VAE.
         shards: pattern of the base-training shards.
+
+    Returns:
+        See `caption_gain`.
     """
     start = stage.path / "start"
     if not start.exists():
         _begin(stage, start, seed, size, vae)
     run(Experiment.model_validate({
-        "name": "run", "runs": str(stage.path), "arms": ["alt"], "seeds": [seed], "device": "cpu",
+        "name": "run", "runs": str(stage.path), "arms": ["alt"], "seeds": [seed],
         "train": {"model": str(start), "shards": shards, "resolution": size, **TRAIN}}), "train")
     trained = stage.path / "run" / f"seed-{seed}" / "train" / "alt"
     pipeline: Any = StableDiffusionPipeline.from_pretrained(trained / "pipeline", safety_checker=None)
+    figures = caption_gain(pipeline, seed, size)
     save(pipeline, stage.path / "model", size)
     with (stage.path / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write((trained / "log.jsonl").read_text(encoding="utf-8"))
-    return {}
+    return figures
+
+
+@torch.no_grad()
+def caption_gain(pipeline: Any, seed: int, size: int) -> dict[str, float]:
+    """What captions are worth to the UNet, on held-out drawings at noise levels from none to all.
+
+    Returns:
+        `loss` without a caption (mean squared error), and by how much it falls with the drawing's own clean alt-text
+        (`gain_by_own`) and with another drawing's (`gain_by_other`; below 0 where captions are believed).
+    """
+    drawings = Drawings.draw(f"{seed}/stable diffusion/held out", NUM_HELD_OUT, size)
+    latents = pipeline.vae.encode(to_float(drawings.pixels)).latent_dist.mean * pipeline.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
+    timesteps = torch.arange(NUM_HELD_OUT) * pipeline.scheduler.config.num_train_timesteps // NUM_HELD_OUT
+    noisy, wanted = (make(pipeline.scheduler, latents, noise, timesteps) for make in (add_noise, target))
+
+    def loss(captions: list[str]) -> float:
+        prompts = encode_prompts(captions, pipeline.tokenizer, pipeline.text_encoder)
+        predicted = pipeline.unet(noisy, timesteps, encoder_hidden_states=prompts.states,
+                                  encoder_attention_mask=prompts.mask).sample
+        return float(per_sample_mse(predicted, wanted).mean())
+
+    own, without = [clean_alt_text(scene) for scene in drawings.scenes], loss([""] * NUM_HELD_OUT)
+    return {"loss": without, "gain_by_own": without - loss(own), "gain_by_other": without - loss(own[1:] + own[:1])}
 
 
 def _begin(stage: StageDir, start: Path, seed: int, size: int, vae: Path) -> None:

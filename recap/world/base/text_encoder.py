@@ -29,6 +29,7 @@ FAMILY = 8
 
 
 def build() -> CLIPTextModel:
+    """A CLIP text model: token ids (B, 77) → states (B, 77, 64)."""
     tokenizer = clip_tokenizer()
     return CLIPTextModel(CLIPTextConfig(
         vocab_size=VOCAB_SIZE, hidden_size=WIDTH, intermediate_size=4 * WIDTH, projection_dim=WIDTH,

@@ -19,6 +19,7 @@ KL_WEIGHT = 1e-6
 
 
 def build(size: int) -> AutoencoderKL:
+    """An AutoencoderKL: pictures (B, 3, S, S) in [−1, 1] → latents (B, 4, S/4, S/4)."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8, sample_size=size)
