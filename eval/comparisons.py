@@ -230,10 +230,10 @@ def _compare_fids(compared: list[Pair], reference: Statistics, seed: int) -> lis
     note = why_no_interval(metrics["num_images"], metrics["feature_dim"])
     used = {run.evaluated: run for pair in compared for run in pair.runs if run.has_features} if not note else {}
     fids: dict[Path, Fids] = {}
-    with progress.bar("FID intervals", len(used)) as bar:
+    with progress.bar("FID intervals", len(used) * metrics["num_images"]) as bar:
         for place, run in used.items():
             fids[place] = resample_fid(run.features()[0], reference, seed)
-            bar.update(1)
+            bar.update(metrics["num_images"])
     found = []
     for pair in compared:
         why = note or pair.why_no_interval()

@@ -66,7 +66,7 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
     """Write `index.html` and `report.json` into the stage's folder.
 
     Returns:
-        `table`, the arms in plain text, for the terminal.
+        For the terminal: `table`, the arms in plain text, and `verdict`, the headline.
     """
     if not content.runs:
         raise UserError("the report has no arm to show: give at least one in arms")
@@ -89,7 +89,7 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
         "runs": [{"seed": each.seed, "arm": each.arm, "metrics": each.metrics} for each in content.runs],
         "comparisons": found.comparisons, "captions": said, "counts": content.counts, "config": content.config,
         "environment": content.environment})
-    return {"table": arms_table(found)}
+    return {"table": arms_table(found), "verdict": headline}
 
 
 def find(content: ReportInput) -> Findings:

@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -132,8 +133,9 @@ def run(exp: Experiment, verb: str | None = None, redo: bool = False) -> None:
     with lock(Path(exp.runs) / exp.name):
         for place, stage in enumerate(chosen, 1):
             _do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", redo)
-    if table := chosen[-1].dir.result().get("table"):
-        print(f"\n{table}\n\nThe report: {chosen[-1].path / 'index.html'}")
+    if table := (result := chosen[-1].dir.result()).get("table"):
+        verdict = textwrap.fill(result.get("verdict", ""), 79)
+        print(f"\n{table}\n\n{verdict}\n\nThe report: {chosen[-1].path / 'index.html'}")
 
 
 def _do(stage: Stage, label: str, redo: bool) -> None:

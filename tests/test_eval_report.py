@@ -191,8 +191,9 @@ def test_a_failing_control_and_disagreeing_measures_are_said(tmp_path: Path) -> 
 
 
 def test_the_table_fits_a_terminal(content: ReportInput, tmp_path: Path) -> None:
-    table = run(StageDir(tmp_path, {}), content, Report(num_prompts=0, num_captions=0))["table"]
-    lines = table.splitlines()
+    found = run(StageDir(tmp_path, {}), content, Report(num_prompts=0, num_captions=0))
+    assert found["verdict"] == "Pictures of the arm “mix” match their prompts better than those of “alt”."
+    lines = found["table"].splitlines()
     assert len(lines) == 5 and max(map(len, lines)) <= 80
     assert re.search(r"^mix +35\.00 +\d+\.\d\d +\+\d\.\d\d \[\+\d\.\d\d, \+\d\.\d\d\] better$", lines[3])
 
