@@ -48,12 +48,14 @@ def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarr
     shared = ~np.isnan(differences)
     if not shared.any() or np.isinf(first).any() or np.isinf(second).any():
         raise ValueError("paired scores must be finite numbers, at least one pair")
-    differences = differences[shared]
+    differences, by_seed = differences[shared], (first - second)[:, shared]
     observed = float(differences.mean())
     rng = np.random.default_rng(seed)
     grouped = seeds_by_model(len(first), models)
-    if grouped and len(differences) > 1:
-        low, high = around(observed, *crossed_variance((first - second)[:, shared], differences, grouped))
+    if len(differences) < 2 or np.isnan(by_seed).all(axis=1).any():  # a seed by itself says nothing
+        grouped = []
+    if grouped:
+        low, high = around(observed, *crossed_variance(by_seed, differences, grouped))
     else:
         low, high = np.quantile(_bootstrap_means(differences, num_resamples, rng), [ALPHA / 2, 1 - ALPHA / 2])
     # What differs from the observed only by rounding is as extreme as the observed.

@@ -83,6 +83,12 @@ def test_seeds_are_spoken_of_from_three_on() -> None:
     assert wide["verdict"] == "can't tell" and np.ptp(wide["ci"]) > 10 * np.ptp(narrow["ci"])
 
 
+def test_a_seed_without_a_score_leaves_an_interval_over_prompts() -> None:
+    a = np.array([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0], [np.nan] * 3])
+    found = paired_difference(a, np.zeros((3, 3)), 0)
+    assert found["over"] == "prompts" and np.isfinite(found["ci"]).all()
+
+
 def test_prompts_without_a_score_are_passed_over() -> None:
     a = np.array([[1.0, np.nan, 3.0, np.nan], [1.0, 2.0, np.nan, np.nan]])
     found = paired_difference(a, np.zeros((2, 4)), 0)
