@@ -98,6 +98,7 @@ def test_what_is_not_there_is_wrong_in_all_that_is_said_of_it() -> None:
     ("The bar is to the right of the red ring. The ring is to the left of the blue bar.", 0),
     ("The bar is to the left of the ring.", 1),
     ("The green ring is above the bar.", 1),  # there is none
+    ("The bar is to the ring.", 1),
     ("The large blue bar is large.", 0),
     ("a plain grey background and a striped white background", 2),
     ("seven red rings", 12),  # of which one is there

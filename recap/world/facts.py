@@ -29,7 +29,7 @@ SHAPE = re.compile(
 PLACE = re.compile(rf"\b(?:{_ANY(sorted(PLACES, key=len, reverse=True))})\b")
 BACKGROUND = re.compile(rf"\b(?:{_ANY(BACKGROUNDS)})\b")
 PATTERN = re.compile(rf"\b(?:{_ANY(PATTERNS)})\b")
-RELATION = re.compile(rf"\s+(?:is|are|lies|stands)\s+({_ANY(RELATIONS)})\s+")
+RELATION = re.compile(rf"\s+(?:is|are|lies|stands)\s+({_ANY(RELATIONS)}|to)\s+")
 QUOTED = re.compile(r"[“\"][^“”\"]*[”\"]")
 
 
@@ -87,7 +87,7 @@ def _thing(match: re.Match[str], place: str | None = None) -> Thing:
 
 
 def _relations(clause: str) -> Iterator[tuple[Thing, str, Thing]]:
-    """`the red ring is below the small bar`."""
+    """`the red ring is below the small bar`; and where the words that say how are lost: `is to the small bar`."""
     found = list(SHAPE.finditer(clause))
     for first, second in pairwise(found):
         between = RELATION.fullmatch(clause, first.end(), second.start())
@@ -166,6 +166,8 @@ def compare(stated: Stated, scene: Mapping[str, Any]) -> Truth:
 def _holds(relation: tuple[Thing, str, Thing], shapes: list[Mapping[str, Any]]) -> bool:
     """Whether it does of any two shapes that may be meant. Of one that is not there it does: that is wrong already."""
     first, name, second = relation
+    if name not in RELATIONS:
+        return False
     axis, way = RELATIONS[name]
     meant = [[PLACES[shape["place"]] for shape in shapes if _agreement(thing, shape)] for thing in (first, second)]
     return not all(meant) or any(way * (here[axis] - there[axis]) > 0 for here in meant[0] for there in meant[1])
