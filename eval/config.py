@@ -19,7 +19,7 @@ class Generate(Table):
     guidance_scale: float = Field(7.5, ge=0)
     """For the arms that have none of their own (`arm.NAME.guidance_scale`)."""
     seed: int = 0
-    """Image i is drawn from noise of (seed, i): the same for every arm, whatever the batch."""
+    """Picture i of a prompt set is drawn from noise of (seed, i): the same for every arm, whatever the batch."""
 
 
 class Features(Model):

@@ -40,7 +40,7 @@ def run(stage: StageDir, pipeline: Model, where: str, config: Generate, arm: str
     """
     prompts = load_prompts(config)
     pipe = load_pipeline(pipeline, where, device)
-    seeds = [image_seed(config.seed, index) for index in range(len(prompts))]
+    seeds = [image_seed(config.seed, place) for place in places_in_sets(prompts)]
     texts = [prompt.text for prompt in prompts]
     windows = [num_windows(pipe, text) for text in texts]
     _list_prompts(stage.path, prompts, seeds, windows)
@@ -55,6 +55,16 @@ def run(stage: StageDir, pipeline: Model, where: str, config: Generate, arm: str
                 write_bytes(str(image_path(stage.path, index)), _png(image))
             bar.update(len(batch))
     return {"num_images": len(prompts), "num_windows": {str(count): n for count, n in sorted(Counter(windows).items())}}
+
+
+def places_in_sets(prompts: list[Prompt]) -> list[int]:
+    """The place of each prompt in its set: its noise goes by that, so that no other set can change its picture."""
+    found: Counter[str] = Counter()
+    places = []
+    for prompt in prompts:
+        places.append(found[prompt.set])
+        found[prompt.set] += 1
+    return places
 
 
 def image_path(folder: Path, index: int) -> Path:

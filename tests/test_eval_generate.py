@@ -7,7 +7,7 @@ from PIL import Image
 
 from eval.config import Generate
 from eval.evaluate import read_drawn
-from eval.generate import image_path, run
+from eval.generate import image_path, places_in_sets, run
 from eval.prompts import Prompt
 from recap.config import Model
 from recap.errors import UserError
@@ -87,3 +87,8 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(whole: StageDir, world_mo
 def test_no_pipeline_is_one_line(tmp_path: Path, world_models: Path) -> None:
     with pytest.raises(UserError, match=r"train\.model: no folder at"):
         draw(tmp_path / "alt", world_models / "none")
+
+
+def test_noise_goes_by_the_place_in_the_set() -> None:
+    prompts = [Prompt(str(index), name) for index, name in enumerate(("a", "a", "b", "a", "b", "c"))]
+    assert places_in_sets(prompts) == [0, 1, 0, 2, 1, 0]

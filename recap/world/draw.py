@@ -163,7 +163,7 @@ def _is_complete(name: str, text: str) -> bool:
 def _over_one_window(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """The prompts over CLIP's window, as they are, and cut as trainers and samplers without chunking cut them.
 
-    Both in the same order, and both judged by the whole prompt.
+    Both in the same order, so that they are drawn from the same noise; and both judged by the whole prompt.
     """
     tokenizer = clip_tokenizer()
     whole, cut = [], []
