@@ -91,6 +91,9 @@ def _check_alike(first: Path, other: Path, report: dict[str, Any], others: dict[
     if differing := [line for line in theirs if line not in ours] or [line for line in ours if line not in theirs]:
         raise UserError(f"{other} is another experiment than {first} ({differing[0][:100]}): pool runs that differ in "
                         "their base model alone")
+    if report["captions"] != others["captions"]:
+        raise UserError(f"{other} was trained on other captions than {first}: copy stitch, captioner and relabel from "
+                        "one run to the others, and train on those")
     a, b = (load(folder / REFERENCE)[0] for folder in (first, other))
     if a.n != b.n or a.dim != b.dim or not np.allclose(a.mu, b.mu) or not np.allclose(a.sigma, b.sigma):
         raise UserError(f"{other} has other real images than {first}: pool runs of one experiment")

@@ -339,6 +339,12 @@ def test_what_has_changed_since_the_report_is_not_pooled(tmp_path: Path) -> None
     with pytest.raises(UserError, match="other prompts or noise"):
         pool([a, b], tmp_path / "all.json", "", "")
     prompts.write_bytes(before)
+    report = b / "report/report.json"
+    whole = report.read_text()
+    report.write_text(whole.replace('"captions": {}', '"captions": {"relabelled": {}}'))
+    with pytest.raises(UserError, match="trained on other captions"):
+        pool([a, b], tmp_path / "all.json", "", "")
+    report.write_text(whole)
     save(b / "reference/reference.npz", Statistics(np.zeros(4), np.eye(4), 500), {"features": "x"})
     with pytest.raises(UserError, match="other real images"):
         pool([a, b], tmp_path / "all.json", "", "")
