@@ -19,6 +19,7 @@ from recap.world.words import (
     careful_alt_text,
     clean_alt_text,
     describe,
+    describe_at_length,
     reference_long,
     reference_rich,
     reference_short,
@@ -33,6 +34,16 @@ def test_whole_texts_state_every_fact_and_nothing_false(seed: int) -> None:
     for text in [*whole, clean_alt_text(scene)]:
         truth = compare(read(text), scene.metadata(32))
         assert (truth.covered, truth.wrong) == (truth.total, 0), text
+
+
+@given(st.integers(0, 10**9))
+def test_how_shapes_are_said_to_lie_is_how_they_lie(seed: int) -> None:
+    rng = Random(seed)
+    scene = draw_scene(rng)
+    text = describe_at_length(scene, rng)
+    here = [sentence for sentence in text.split(". ") if sentence.startswith("Here the ")]
+    assert all(len(read(sentence).relations) == 1 for sentence in here)
+    assert all(compare(read(sentence), scene.metadata(32)).wrong == 0 for sentence in here), text
 
 
 @given(st.integers(0, 10**9))

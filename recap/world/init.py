@@ -13,7 +13,7 @@ from recap.rundir import hash_files
 from recap.world import base, marker
 from recap.world.base import PARTS, SIZE, unpack
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same settings would give other untrained checkpoints."""
 
 

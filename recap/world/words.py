@@ -6,7 +6,7 @@ Nothing here shares a sentence with the template that stitches captions: a model
 
 from random import Random
 
-from recap.world.scene import BACKGROUNDS, COLOURS, KINDS, PATTERNS, Background, Scene, Shape
+from recap.world.scene import BACKGROUNDS, COLOURS, KINDS, PATTERNS, PLACES, Background, Scene, Shape
 
 ALT_SHARES = {"nothing": 0.40, "one fact": 0.35, "false": 0.15, "whole": 0.10}
 """How often alt-text is of which kind: nothing true of the scene, one true fact, a false one, the whole.
@@ -118,6 +118,39 @@ def describe(scene: Scene, rng: Random) -> str:
         f"On {background} stand {NUMBERS[len(placed)]} shapes: {_joined(placed)}.",
         f"{_capital(_joined(placed))} have been drawn on {background}.",
     ))
+
+
+def describe_at_length(scene: Scene, rng: Random) -> str:
+    """An exact description, then more that is true: how two shapes lie, how many there are of each kind, the ground.
+
+    What a language model has read that knows plain English; in sentences that no caption is stitched of.
+    """
+    background = scene.background
+    number = len(scene.shapes)
+    more = [f"In this image are {_joined(_counted_kinds(scene))}, {NUMBERS[number]} objects in all." if number > 1
+            else f"In this image is one object only, a {scene.shapes[0].kind}.",
+            f"Most of the picture, in the centre and on several sides, shows a {background.pattern} ground filling it.",
+            *(_how_they_lie(rng.sample(scene.shapes, 2), rng) for _ in range(3) if number > 1)]
+    return " ".join([describe(scene, rng), *rng.sample(more, min(len(more), rng.randint(1, 3)))])
+
+
+def _counted_kinds(scene: Scene) -> list[str]:
+    """`two red circles` is not said, but `two circles, a bar`."""
+    kinds = [shape.kind for shape in scene.shapes]
+    return [f"{NUMBERS[number]} {kind}{'es' if kind.endswith('s') else 's'}" if (number := kinds.count(kind)) > 1
+            else f"a {kind}" for kind in dict.fromkeys(kinds)]
+
+
+def _how_they_lie(two: list[Shape], rng: Random) -> str:
+    """`To the left of the large blue bar lies the small red ring.` Of two ways that both hold, either."""
+    one, other = two
+    (x, y), (other_x, other_y) = PLACES[one.place], PLACES[other.place]
+    ways = [way for way, holds in (("to the left of", x < other_x), ("to the right of", x > other_x),
+                                   ("above", y < other_y), ("below", y > other_y)) if holds]
+    way = rng.choice(ways)
+    return rng.choice((f"{_capital(way)} the {other.full_name} lies the {one.full_name}.",
+                       f"Here the {one.full_name} lies {way} the {other.full_name}.",
+                       f"It is {way} the {other.full_name} that the {one.full_name} is seen."))
 
 
 # --- references ----------------------------------------------------------------------------------------------------

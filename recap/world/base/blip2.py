@@ -20,7 +20,7 @@ from recap.world.base.fit import Schedule, fit
 from recap.world.base.fp16 import save_fp16
 from recap.world.reader import HEADS, reader_loss, targets
 from recap.world.scene import Scene, Shape, draw_scene
-from recap.world.words import alt_text, describe
+from recap.world.words import alt_text, describe_at_length
 
 SCHEDULE = Schedule(steps=10_000, batch_size=32, lr=1e-3, warmup_steps=300)
 NUM_DRAWINGS = 40_000
@@ -111,7 +111,7 @@ def train(stage: StageDir, seed: int, size: int, schedule: Schedule) -> dict[str
     def loss(step: int) -> torch.Tensor:
         rng = Random(f"{seed}/texts/{step}")
         count = round(schedule.batch_size * TEXT_SHARE)
-        texts = [describe(draw_scene(rng), rng) for _ in range(count)]
+        texts = [describe_at_length(draw_scene(rng), rng) for _ in range(count)]
         captions, things = losses(drawings, step, schedule.batch_size)
         return captions + things + TEXT_SHARE * text_loss(model, inputs.tokenizer, texts)
 
@@ -226,5 +226,5 @@ def _texts() -> list[str]:
     for index in range(NUM_TOKENIZER_SCENES):
         rng = Random(f"tokenizer/{index}")
         scene = draw_scene(rng)
-        texts += [f" {describe(scene, rng)}", alt_text(scene, rng)[1]]
+        texts += [f" {describe_at_length(scene, rng)}", alt_text(scene, rng)[1]]
     return [*texts, *[COMMON_WORDS] * 100]
