@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch.nn.functional import mse_loss
 
 from recap.checkpoint import publish
 from recap.clip_bpe import clip_tokenizer
@@ -21,8 +28,6 @@ from recap.world.base.drawings import Drawings, to_float
 from recap.world.base.fit import Schedule
 from recap.world.base.fp16 import say_float32
 from recap.world.words import clean_alt_text
-from train_t2i.loss import add_noise, per_sample_mse, target
-from train_t2i.text import encode_prompts
 
 SCHEDULE = Schedule(steps=3000, batch_size=128, lr=1e-3)
 """Of the text encoder."""
@@ -98,13 +103,13 @@ def caption_gain(pipeline: Any, seed: int, size: int) -> dict[str, float]:
     latents = pipeline.vae.encode(to_float(drawings.pixels)).latent_dist.mean * pipeline.vae.config.scaling_factor
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     timesteps = torch.arange(NUM_HELD_OUT) * pipeline.scheduler.config.num_train_timesteps // NUM_HELD_OUT
-    noisy, wanted = (make(pipeline.scheduler, latents, noise, timesteps) for make in (add_noise, target))
+    scheduler: Any = DDPMScheduler.from_config(pipeline.scheduler.config)
+    noisy, wanted = (make(latents, noise, timesteps) for make in (scheduler.add_noise, scheduler.get_velocity))
 
     def loss(captions: list[str]) -> float:
-        prompts = encode_prompts(captions, pipeline.tokenizer, pipeline.text_encoder)
-        predicted = pipeline.unet(noisy, timesteps, encoder_hidden_states=prompts.states,
-                                  encoder_attention_mask=prompts.mask).sample
-        return float(per_sample_mse(predicted, wanted).mean())
+        ids = pipeline.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+        predicted = pipeline.unet(noisy, timesteps, pipeline.text_encoder(ids)[0]).sample
+        return mse_loss(predicted, wanted).item()
 
     own, without = [clean_alt_text(scene) for scene in drawings.scenes], loss([""] * NUM_HELD_OUT)
     return {"loss": without, "gain_by_own": without - loss(own), "gain_by_other": without - loss(own[1:] + own[:1])}
