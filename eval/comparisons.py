@@ -228,18 +228,24 @@ def _compare_fids(compared: list[Pair], reference: Statistics, seed: int) -> lis
         return []
     metrics = compared[0].ours[0].metrics
     note = why_no_interval(metrics["num_images"], metrics["feature_dim"])
-    used = {run.evaluated: run for pair in compared for run in pair.runs if run.has_features} if not note else {}
-    fids: dict[Path, Fids] = {}
-    with progress.bar("FID intervals", len(used) * metrics["num_images"]) as bar:
-        for place, run in used.items():
-            fids[place] = resample_fid(run.features()[0], reference, seed)
-            bar.update(metrics["num_images"])
+    fids = _resampled(compared, reference, seed) if note is None else {}
     found = []
     for pair in compared:
         why = note or pair.why_no_interval()
         result = pair.without_interval(why) if why else fid_difference(
             [fids[run.evaluated] for run in pair.ours], [fids[run.evaluated] for run in pair.theirs], pair.base_models)
         found.append({**pair.named(FID), **result, "num_prompts": metrics["num_images"]})
+    return found
+
+
+def _resampled(compared: list[Pair], reference: Statistics, seed: int) -> dict[Path, Fids]:
+    """The FIDs of all runs that kept their features, by the folder of their evaluation."""
+    used = {run.evaluated: run for pair in compared for run in pair.runs if run.has_features}
+    found = {}
+    with progress.bar("FID intervals", sum(run.metrics["num_images"] for run in used.values())) as bar:
+        for place, run in used.items():
+            found[place] = resample_fid(run.features()[0], reference, seed)
+            bar.update(run.metrics["num_images"])
     return found
 
 
