@@ -4,7 +4,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from random import Random
 
@@ -19,7 +19,7 @@ from recap.errors import UserError
 from recap.rundir import StageDir
 from recap.world import base
 from recap.world.base.fit import Schedule, fit
-from recap.world.base.text_encoder import rearranged
+from recap.world.base.text_encoder import changed, rearranged
 from recap.world.init import init
 from recap.world.scene import JITTER, PLACES, draw_scene
 
@@ -121,6 +121,18 @@ def test_a_family_shows_the_same_things_in_other_places(seed: int, num_shapes: i
     assert order == sorted(set(order))  # reading order, no place twice
     assert all(max(abs(shape.x - PLACES[shape.place][0]), abs(shape.y - PLACES[shape.place][1])) < JITTER + 1e-9
                for shape in moved.shapes)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_a_family_differs_in_one_thing(seed: int, num_shapes: int) -> None:
+    scene = draw_scene(Random(seed), num_shapes)
+    other = changed(scene, Random(f"{seed}/changed"))
+    if sorted(shape.full_name for shape in other.shapes) != sorted(shape.full_name for shape in scene.shapes):
+        pairs = zip(scene.shapes, other.shapes, strict=True)
+        differing = [field.name for one, two in pairs for field in fields(one)
+                     if getattr(one, field.name) != getattr(two, field.name)]
+        assert len(differing) == 1 and differing[0] in ("kind", "colour", "size")
+    assert other.background == scene.background
 
 
 def test_the_unet_learns_beside_a_text_encoder_that_stands_still(trained: Path) -> None:

@@ -59,14 +59,18 @@ def clean_alt_text(scene: Scene) -> str:
 def careful_alt_text(scene: Scene, rng: Random) -> str:
     """The same in one of the ways in which careful people write it."""
     background = scene.background
-    named = [(shape.full_name, shape.place) for shape in scene.shapes]
+    ground = f"{background.pattern} {background.colour}"
+    named = [(shape.full_name, shape.place) for shape in rng.sample(scene.shapes, len(scene.shapes))]
     return rng.choice((
         clean_alt_text(scene),
         f"{background.name} with {', '.join(f'{name} ({place})' for name, place in named)}",
         f"{', '.join(f'{place}: {name}' for name, place in named)}; {background.name}",
         f"{_joined([f'a {name} on the {place}' for name, place in named])}, {background.name}",
-        f"shapes on {background.pattern} {background.colour}: "
-        f"{' + '.join(f'{name} {place}' for name, place in named)}",
+        f"shapes on {ground}: {' + '.join(f'{name} {place}' for name, place in named)}",
+        f"Drawing: {'; '.join(f'one {name}, {place} part' for name, place in named)}. Paper: {ground}.",
+        f"{_capital(_article(ground))} page shows "
+        f"{_joined([f'a {name} in its {place} part' for name, place in named])}.",
+        f"{' '.join(f'There is a {name} to the {place}.' for name, place in named)} They are drawn on {ground}.",
     ))
 
 
