@@ -17,6 +17,7 @@ from recap.world.scene import Scene, draw_scene
 from recap.world.words import (
     alt_text,
     careful_alt_text,
+    careful_prose,
     clean_alt_text,
     describe,
     describe_at_length,
@@ -30,8 +31,8 @@ from recap.world.words import (
 def test_whole_texts_state_every_fact_and_nothing_false(seed: int) -> None:
     rng = Random(seed)
     scene = draw_scene(rng)
-    whole = [write(scene, rng) for write in (careful_alt_text, describe, reference_long, reference_rich)]
-    for text in [*whole, clean_alt_text(scene)]:
+    writers = (careful_alt_text, careful_prose, describe, reference_long, reference_rich)
+    for text in [clean_alt_text(scene), *(write(scene, rng) for write in writers)]:
         truth = compare(read(text), scene.metadata(32))
         assert (truth.covered, truth.wrong) == (truth.total, 0), text
 

@@ -32,6 +32,30 @@ FILES = (
     "{number}_0{count}_l.jpg", "Screenshot {year}-0{count}-1{count} at 1{count}.2{count}.png",
     "banner_{number}_final.png", "https://cdn.{seller}.example/{number}.png",
 )
+AT = ("at", "in", "near", "on", "to", "towards", "by")
+PAUSES = ("", "", ",", ".", ";", ":", " and", " with", " on", " against")
+ENGLISH = """
+a about above add added after again all alone along already also although an and another any anything anywhere apart
+are area around art as at away back be bears because been before behind below beneath beside best between beyond blank
+board border both bound bright but by called can canvas card carefully careless cast centre cheerful child clean
+cleanly clear close closely cloth colour coloured colours complete corner cover covers crisp cut dark deep design
+detail display down draw drawing drawn each edge edges either else empty end even evenly every everything extra faint
+far few field figure fill filled filling fills finally find finds fine finish first flat flatly floor form found frame
+framed free fresh from front full further geometric give given glossy gone good graphic ground half hand handmade has
+have he heavy her here his hold home house how however if image in inside instead is it item its itself just keep kept
+kind known last later layer lettering lie lies light like line lines lit look looks lying made make makes many mark
+marks matt may middle modern more most motif much name near nearly neat neither never new next nice no nobody none nor
+not nothing now object objects of off old on once only onto open or other others our out outline outlines outside over
+own page paint painted painting paper part parts pattern people person photo picture piece place placed plainly please
+poster print put quiet quite rather really rest rests room row same scene see seems seen set shade shadow shadows
+shape shaped shapes sharp sharply sheet show showing shown shows side sides sign simple simply single sit sits sky
+slightly smooth so soft solid some somebody someone something space stand stands stay stays still strong style subject
+such surface table take taken tall than that the their them then there these they thin thing things this those through
+to together tone too touch towards under uneven unlike until up upon us used very view viewer visible wall was we well
+were what where which while whole whose wide with within without words work world writing written you your
+"""
+OTHER_WORDS = ENGLISH.split()
+"""They say nothing of a scene: no numbers are among them, and no words for what a shape or a background is like."""
 
 
 # --- alt-text ------------------------------------------------------------------------------------------------------
@@ -72,6 +96,22 @@ def careful_alt_text(scene: Scene, rng: Random) -> str:
         f"{_joined([f'a {name} in its {place} part' for name, place in named])}.",
         f"{' '.join(f'There is a {name} to the {place}.' for name, place in named)} They are drawn on {ground}.",
     ))
+
+
+def careful_prose(scene: Scene, rng: Random) -> str:
+    """The same among other words that say nothing of the scene, as most sentences have them; in no sentence's form."""
+    first = rng.random() < 0.4
+    placed = [(_phrase(shape, rng), f"{rng.choice(AT)} the {shape.place}")
+              for shape in rng.sample(scene.shapes, len(scene.shapes))]
+    shapes = [f"{place} {phrase}" if first else f"{phrase} {place}" for phrase, place in placed]
+    ground = rng.choice((scene.background.name, f"{scene.background.pattern} {scene.background.colour}"))
+    said = [_article(ground), *shapes] if rng.random() < 0.5 else [*shapes, _article(ground)]
+    return "".join(f"{part}{rng.choice(PAUSES)} {_other_words(rng)}" for part in ["", *said]).strip(" ,;")
+
+
+def _other_words(rng: Random) -> str:
+    """None to nine words in no order."""
+    return "".join(f"{word} " for word in rng.sample(OTHER_WORDS, rng.choice((0, 0, 1, 2, 3, 5, 9))))
 
 
 def _shop_talk(rng: Random) -> str:

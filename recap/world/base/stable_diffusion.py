@@ -29,7 +29,7 @@ from recap.world.base.fit import Schedule
 from recap.world.base.fp16 import say_float32
 from recap.world.words import clean_alt_text
 
-SCHEDULE = Schedule(steps=4000, batch_size=128, lr=1e-3)
+SCHEDULE = Schedule(steps=6000, batch_size=128, lr=1e-3)
 """Of the text encoder."""
 TRAIN = {"steps": 24_000, "batch_size": 32, "lr": 1.5e-3, "lr_scheduler": "cosine", "warmup_steps": 500,
          "caption_dropout": 0.1, "ema_decay": 0.999, "train_text_encoder": False, "checkpoint_every": 1000}

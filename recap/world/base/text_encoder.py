@@ -1,9 +1,10 @@
 """The text encoder of the diffusion models: CLIP's, taught which alt-text belongs to which drawing (Radford 2021).
 
 CLIP's pairs were not those that Stable Diffusion then saw: they were chosen for texts that name what is there. So this
-one reads careful alt-text, and the UNet alone learns from bad. Scenes come in families that show the same things in
-other places, as CLIP's batch of 32,768 had near-duplicates by its size: against strangers only, a list of the words
-tells a text's drawing from the others, and which colour belongs to which shape, and where, is never learnt.
+one reads careful alt-text, half of it among other English words, and the UNet alone learns from bad. Scenes come in
+families that differ in one thing, as CLIP's batch of 32,768 had near-duplicates by its size: against strangers only, a
+list of the words tells a text's drawing from the others, and which colour belongs to which shape, and where, is never
+learnt.
 """
 
 import math
@@ -21,7 +22,7 @@ from recap.rundir import StageDir
 from recap.world.base.drawings import Drawings, to_float, to_pixels
 from recap.world.base.fit import Schedule, fit
 from recap.world.scene import COLOURS, KINDS, PLACES, SIZES, Scene, Shape, draw_scene, render
-from recap.world.words import careful_alt_text, clean_alt_text
+from recap.world.words import careful_alt_text, careful_prose, clean_alt_text
 
 WIDTH = 64
 EMBEDDING = 64
@@ -125,7 +126,7 @@ def _moved(shape: Shape, place: str) -> Shape:
 
 def _texts(scenes: list[Scene], seed: int) -> list[str]:
     rng = Random(f"alt-text/{seed}")
-    return [careful_alt_text(scene, rng) for scene in scenes]
+    return [rng.choice((careful_alt_text, careful_prose))(scene, rng) for scene in scenes]
 
 
 @torch.no_grad()
