@@ -10,11 +10,24 @@ from hypothesis import strategies as st
 
 from recap.experts import Facts, Object
 from recap.llm import TemplateWriter
-from recap.world.facts import BACKGROUND, PATTERN, PLACE, SHAPE, Stated, Thing, Truth, compare, read
+from recap.world.facts import (
+    BACKGROUND,
+    COUNT_WORDS,
+    PATTERN,
+    PLACE,
+    SHAPE,
+    SIZE_WORDS,
+    Stated,
+    Thing,
+    Truth,
+    compare,
+    read,
+)
 from recap.world.judge import judge
 from recap.world.reader import Reading, Seen
-from recap.world.scene import Scene, draw_scene
+from recap.world.scene import BACKGROUNDS, COLOURS, KINDS, PATTERNS, PLACES, SIZES, Scene, draw_scene
 from recap.world.words import (
+    OTHER_WORDS,
     alt_text,
     careful_alt_text,
     careful_prose,
@@ -35,6 +48,11 @@ def test_whole_texts_state_every_fact_and_nothing_false(seed: int) -> None:
     for text in [clean_alt_text(scene), *(write(scene, rng) for write in writers)]:
         truth = compare(read(text), scene.metadata(32))
         assert (truth.covered, truth.wrong) == (truth.total, 0), text
+
+
+def test_other_words_say_nothing_of_a_scene() -> None:
+    said = {word for name in (*PLACES, *COLOURS, *KINDS, *SIZES, *PATTERNS, *BACKGROUNDS) for word in name.split()}
+    assert not (said | SIZE_WORDS.keys() | COUNT_WORDS.keys() - {"a", "an"}) & set(OTHER_WORDS)
 
 
 @given(st.integers(0, 10**9))
