@@ -18,8 +18,10 @@ from torch import nn
 from recap.errors import UserError
 from recap.rundir import StageDir
 from recap.world import base
+from recap.world.base.blip2 import MAX_TERSE, NamesThings, build, terse_caption
 from recap.world.base.fit import Schedule, fit
 from recap.world.base.text_encoder import changed, rearranged
+from recap.world.facts import compare, read
 from recap.world.init import init
 from recap.world.scene import JITTER, PLACES, draw_scene
 
@@ -133,6 +135,24 @@ def test_a_family_differs_in_one_thing(seed: int, num_shapes: int) -> None:
                      if getattr(one, field.name) != getattr(two, field.name)]
         assert len(differing) == 1 and differing[0] in ("kind", "colour", "size")
     assert other.background == scene.background
+
+
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_a_terse_caption_is_true_and_names_few_shapes_or_all(seed: int, num_shapes: int) -> None:
+    scene = draw_scene(Random(seed), num_shapes)
+    said = read(terse_caption(scene, Random(f"{seed}/said")))
+    assert compare(said, scene.metadata(32)).wrong == 0
+    assert len(said.things) <= MAX_TERSE or len(said.things) == num_shapes
+
+
+def test_what_a_query_knows_is_its_own_place() -> None:
+    names = NamesThings(build(32))
+    queries = torch.randn(1, 16, 128, generator=torch.Generator().manual_seed(0))
+    other = queries.clone()
+    other[:, 2] += 1
+    for name, logits in names(queries).items():
+        differs = (logits != names(other)[name]).any(-1)[0].tolist()
+        assert differs == ([place == 2 for place in range(len(PLACES))] if len(differs) > 1 else [False])
 
 
 def test_the_unet_learns_beside_a_text_encoder_that_stands_still(trained: Path) -> None:
