@@ -25,9 +25,9 @@ $(READY): requirements.lock pyproject.toml
 
 setup: $(READY)  ## Install recap and what it needs into .venv
 
-demo: $(READY)  ## The whole pipeline on drawn images and tiny models: about 4 minutes on 2 cores
-	@$(BIN)/recap world draw --num-train 512 --num-evaluation 400 runs/world/shards
-	@$(BIN)/recap world init --untrained runs/world/models
+demo: $(READY)  ## The paper's experiment on drawn images and tiny models: about 13 minutes on 2 cores
+	@$(BIN)/recap world draw runs/world/shards
+	@$(BIN)/recap world init runs/world/models
 	@$(BIN)/recap run -c configs/tiny.toml
 
 test: $(READY)  ## The quick tests: under 10 minutes

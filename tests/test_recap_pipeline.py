@@ -21,7 +21,8 @@ from recap.pipeline import Experiment, Plan
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.toml"
 QUICK = ["finetune.steps=6", "finetune.checkpoint_every=2", "train.steps=6", "train.checkpoint_every=2",
          "generate.num_prompts=2", "generate.num_inference_steps=2", "generate.batch_size=3", "stitch.num_images=8",
-         "relabel.batch_size=8", 'arms=["base", "alt", "mix"]']
+         "relabel.batch_size=8", "styles.long.max_new_tokens=24", "styles.long.num_beams=1",
+         'arms=["base", "alt", "mix"]']
 
 
 def settings(models: Path, shards: Path, runs: Path) -> list[str]:
@@ -46,6 +47,7 @@ def finished(arguments: list[str]) -> Path:
     done = recap(*arguments)
     assert done.returncode == 0, done.stderr
     assert "FID" in done.stdout and "mix" in done.stdout and "index.html" in done.stdout
+    assert "arms “mix” and “alt”" in done.stdout or "Pictures of the arm “mix”" in done.stdout  # the verdict
     return Path(next(a for a in arguments if a.startswith("runs=")).removeprefix("runs=")) / "tiny"
 
 
@@ -69,11 +71,11 @@ def test_relabelling_keeps_every_member_and_adds_the_captions(finished: Path, wo
         assert {name: after[name] for name in before} == before
         keys = {name.split(".")[0] for name in before}
         assert set(after) - set(before) == {f"{key}.{extension}" for key in keys for extension in (
-            "short.txt", "long.txt", "rich.txt", "mix.txt", "recap.json")}
+            "short.txt", "long.txt", "mix.txt", "recap.json")}
         for key in keys:
             assert after[f"{key}.mix.txt"] in (after[f"{key}.short.txt"], after[f"{key}.long.txt"])
             record = json.loads(after[f"{key}.recap.json"])
-            assert record["schema"] == 1 and set(record["captions"]) == {"short", "long", "rich"}
+            assert record["schema"] == 1 and set(record["captions"]) == {"short", "long"}
 
 
 def test_a_second_run_does_nothing_at_once(finished: Path, arguments: list[str]) -> None:
@@ -132,7 +134,7 @@ def test_stock_datasets_reads_the_relabelled_shards(finished: Path, tmp_path: Pa
     found = datasets.load_dataset("webdataset", data_files=str(finished / "relabel" / "*.tar"), split="train",
                                   cache_dir=str(tmp_path))
     assert len(found) == 48
-    assert {"png", "txt", "short.txt", "long.txt", "rich.txt", "recap.json"} <= set(found.column_names)
+    assert {"png", "txt", "short.txt", "long.txt", "recap.json"} <= set(found.column_names)
 
 
 def test_stock_diffusers_draws_with_a_trained_arm(finished: Path) -> None:

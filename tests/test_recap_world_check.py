@@ -1,0 +1,100 @@
+"""`recap world check` and `recap world sheet`, with the shipped checkpoints on a world of another seed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from recap.errors import UserError
+from recap.sample import Sample
+from recap.shards import ShardWriter, read_shard
+from recap.world.cli import app
+from recap.world.draw import draw
+from recap.world.init import init
+from recap.world.reader import WEIGHTS, Reader
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, shards, a run whose relabelled captions are the exact descriptions, and a claim with alt's FID."""
+    out = tmp_path_factory.mktemp("check")
+    init(out / "models")
+    draw(out / "shards", num_train=20, num_tuning=0, num_validation=0, num_evaluation=100, num_reference=300, seed=3)
+    relabelled(out / "run", [sample.caption("exact") or "" for sample in train(out)], out)
+    alt = {"arm": "alt", "metrics": {"fid": 500.0, "num_images": 90}}
+    (out / "claim.json").write_text(json.dumps({"runs": [alt, {"arm": "mix", "metrics": {"fid": 1.0}}]}))
+    return out
+
+
+def train(world: Path) -> list[Sample]:
+    return [*read_shard(str(world / "shards/train/00000.tar"), [])]
+
+
+def relabelled(run: Path, captions: list[str], world: Path) -> None:
+    with ShardWriter(str(run / "relabel/00000.tar")) as writer:
+        for sample, caption in zip(train(world), captions, strict=True):
+            writer.write(replace(sample, members={**sample.members, "long.txt": caption.encode()}))
+    (run / "relabel/done.json").write_text("{}")
+
+
+def check(world: Path, **paths: str) -> tuple[int, list[str]]:
+    wanted = {"models": "models", "shards": "shards", "run": "run", "claim": "claim.json"} | paths
+    result = CliRunner().invoke(app, ["check", *(part for name, path in wanted.items()
+                                                 for part in (f"--{name}", str(world / path)))])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, [line for line in result.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
+
+
+def test_all_gates_hold_of_what_is_shipped(world: Path) -> None:
+    status, gates = check(world)
+    assert status == 0, gates
+    assert len(gates) == 7 and all(gate.startswith("ok") and len(gate) <= 80 for gate in gates)
+    assert "relabelled long captions: facts stated" in gates[4] and " 1.000 ≥ 0.700" in gates[4]
+
+
+def test_captions_of_other_images_and_a_blurred_vae_fail(world: Path, tmp_path: Path) -> None:
+    relabelled(tmp_path / "run", [sample.caption("exact") or "" for sample in train(world)[::-1]], world)
+    (tmp_path / "claim.json").write_text((world / "claim.json").read_text().replace("500.0", "0.5"))
+    status, gates = check(world, run=str(tmp_path / "run"), claim=str(tmp_path / "claim.json"))
+    assert status == 1
+    assert [gate[:4] for gate in gates] == ["ok  ", "ok  ", "ok  ", "ok  ", "FAIL", "FAIL", "FAIL"]
+
+
+@pytest.mark.parametrize(("paths", "message"), [
+    ({"shards": "none"}, "recap world draw"), ({"run": "none"}, "recap relabel"),
+    ({"claim": "none"}, "no FID of an arm"),
+])
+def test_what_is_missing_is_named(world: Path, paths: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check(world, **paths)
+
+
+def test_a_damaged_reader_is_named(tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match="no reader's weights in"):
+        Reader.open(tmp_path, "cpu")
+
+
+def test_a_sheet_shows_pictures_from_all_over_a_folder(world: Path, tmp_path: Path) -> None:
+    for index, sample in enumerate(train(world)):
+        sample.image().save(tmp_path / f"{index:05d}.png")
+
+    def sheet(folder: Path, num: int) -> Image.Image:
+        out = tmp_path / "sheet.jpg"
+        result = CliRunner().invoke(app, ["sheet", str(folder), str(out), "--models", str(world / "models"),
+                                          "--num", str(num)])
+        if result.exception:
+            raise result.exception
+        return Image.open(out).copy()
+
+    page = sheet(tmp_path, 15)
+    assert page.width == 10 * 160 and page.height == 2 * 216
+    assert np.asarray(page).std() > 20
+    assert sheet(tmp_path, 100).height == 2 * 216  # all twenty
+    with pytest.raises(UserError, match="no picture to show"):
+        sheet(tmp_path / "none", 10)
