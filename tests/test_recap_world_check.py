@@ -10,8 +10,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from recap.errors import UserError
+from recap.rundir import hash_files
 from recap.sample import Sample
 from recap.shards import ShardWriter, read_shard
+from recap.world.base import SHIPPED
+from recap.world.check import BY_EYE
 from recap.world.cli import app
 from recap.world.draw import draw
 from recap.world.init import init
@@ -63,6 +66,15 @@ def test_captions_of_other_images_and_a_blurred_vae_fail(world: Path, tmp_path: 
     status, gates = check(world, run=str(tmp_path / "run"), claim=str(tmp_path / "claim.json"))
     assert status == 1
     assert [gate[:4] for gate in gates] == ["ok  ", "ok  ", "ok  ", "ok  ", "FAIL", "FAIL", "FAIL"]
+
+
+def test_the_reader_that_is_shipped_was_judged_by_eye() -> None:
+    judged = json.loads((BY_EYE / "judged.json").read_bytes())
+    assert judged["reader"] == hash_files(SHIPPED / "reader"), "draw a sheet and judge it anew"
+    numbers = [wrong["picture"] for wrong in judged["wrong"]] + judged["undecided"]["pictures"]
+    assert judged["pictures"] == 100 and set(numbers) <= set(range(1, 101))
+    with Image.open(BY_EYE / "sheet.png") as page:
+        assert page.size == (10 * 160, 10 * 216)
 
 
 @pytest.mark.parametrize(("paths", "message"), [

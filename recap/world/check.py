@@ -22,6 +22,8 @@ from recap.world.reader import Reader, agrees
 
 NUM_UNTUNED = 200
 BATCH = 100
+BY_EYE = Path(__file__).parent / "by_eye"
+"""A sheet of generated pictures with what the reader sees in each, and what the eye found wrong in it."""
 Fid = Callable[[list[Image.Image], list[Image.Image]], float]
 
 
@@ -69,6 +71,7 @@ def _gates(models: Path, shards: Path, run: Path, claim: Path, fid: Fid) -> Iter
     scenes = [_scene(sample) for sample in samples]
     reader = Reader.open(models / "reader", "cpu")
     yield Gate("reader: drawings with all objects right", _all_right(reader, pictures, scenes), 0.97)
+    print(f"     {_by_eye()}")
     rebuilt = reconstructions(models / "vae", pictures)
     yield Gate("VAE: reconstructions with all objects right", _all_right(reader, rebuilt, scenes), 0.90)
     expert = _total(compare(read(said), scene)
@@ -76,6 +79,13 @@ def _gates(models: Path, shards: Path, run: Path, claim: Path, fid: Fid) -> Iter
     yield from _stated("expert", expert, 0.80, 0.95)
     yield from _captions(models, shards, run)
     yield from _vae_fid(rebuilt, shards, claim, fid)
+
+
+def _by_eye() -> str:
+    """What the eye found; shapes that are drawn between two kinds or colours do not count."""
+    judged = json.loads((BY_EYE / "judged.json").read_bytes())
+    clear = judged["shapes"] - judged["undecided"]["shapes"]
+    return f"by eye: of {clear} clear shapes in {judged['pictures']} generated pictures {len(judged['wrong'])} misread"
 
 
 def _captions(models: Path, shards: Path, run: Path) -> Iterator[Gate]:
