@@ -157,7 +157,7 @@ def compare(arms: list[str], runs: list[Run], reference: Statistics | None = Non
         for measure in measures_of(runs[0].metrics)[:-1]:
             ours, theirs = (np.array([run.headline(measure.key) for run in each]) for each in (pair.ours, pair.theirs))
             if _any_shared(ours, theirs):
-                found.append({**pair.named(measure), **paired_difference(ours, theirs, seed, models=pair.base_models)})
+                found.append({**pair.named(measure), **paired_difference(ours, theirs, seed, seeds=pair.seeds)})
     return found + (_compare_fids(compared, reference, seed) if reference else [])
 
 
@@ -171,6 +171,8 @@ class Pair:
     """Of arm a."""
     theirs: list[Run]
     """Of arm b."""
+    places: list[tuple[int, int]]
+    """Base model and training seed of each."""
 
     @classmethod
     def of(cls, a: str, b: str, runs: Sequence[Run]) -> "Pair":
@@ -182,21 +184,22 @@ class Pair:
                 if len(seeds) == 1:
                     mine |= {place: mine[seeds[0]] for place in other if place[0] == model}
         shared = sorted(by_arm[0].keys() & by_arm[1].keys())
-        return cls(a, b, *([each[place] for place in shared] for each in by_arm))
+        ours, theirs = ([each[place] for place in shared] for each in by_arm)
+        return cls(a, b, ours, theirs, shared)
 
     @property
     def runs(self) -> list[Run]:
         return [*self.ours, *self.theirs]
 
     @property
-    def base_models(self) -> list[int]:
-        return [run.base_model for run in self.ours]
+    def seeds(self) -> list[int]:
+        return [seed for _, seed in self.places]
 
     def named(self, measure: Measure) -> dict[str, Any]:
         return {"a": self.a, "b": self.b, "metric": measure.key,
                 "unit": "share" if measure.is_share else measure.label,
                 "better": "lower" if measure.lower_is_better else "higher", "num_seeds": len(self.ours),
-                "num_base_models": len(set(self.base_models))}
+                "num_base_models": len({model for model, _ in self.places})}
 
     def check_alike(self) -> None:
         """`UserError` unless both drew the same prompts and were scored alike."""
@@ -233,7 +236,7 @@ def _compare_fids(compared: list[Pair], reference: Statistics, seed: int) -> lis
     for pair in compared:
         why = note or pair.why_no_interval()
         result = pair.without_interval(why) if why else fid_difference(
-            [fids[run.evaluated] for run in pair.ours], [fids[run.evaluated] for run in pair.theirs], pair.base_models)
+            [fids[run.evaluated] for run in pair.ours], [fids[run.evaluated] for run in pair.theirs], pair.seeds)
         found.append({**pair.named(FID), **result, "num_prompts": metrics["num_images"]})
     return found
 

@@ -14,7 +14,7 @@ import numpy as np
 from scipy import stats
 
 from eval.fid import Statistics, distance_to, statistics
-from eval.statistics import around, combined_variance, seeds_by_model, verdict_of
+from eval.statistics import MIN_SEEDS, around, by_seed, combined_variance, verdict_of
 
 MAX_DIM = 256
 """Features of more dimensions make a resample too slow: an eigendecomposition costs the cube of it."""
@@ -58,7 +58,7 @@ def resample_fid(features: np.ndarray, reference: Statistics, seed: int, num_res
     return Fids(distance(statistics(features)), np.array(resampled))
 
 
-def fid_difference(a: list[Fids], b: list[Fids], models: Sequence[int] | None = None) -> dict[str, Any]:
+def fid_difference(a: list[Fids], b: list[Fids], seeds: Sequence[int] | None = None) -> dict[str, Any]:
     """FID of arm A against arm B, by difference and by ratio, each with its 95 % interval; lower is better.
 
     Resamples are off from the observed FID by as much as that is off from the FID of endless images, in scatter and in
@@ -67,40 +67,38 @@ def fid_difference(a: list[Fids], b: list[Fids], models: Sequence[int] | None = 
     speak of other seeds as well, as those of scores do.
 
     Args:
-        a, b: over the same training seeds, in the same order.
-        models: (S,) the base model that each seed was trained from; by default all from one.
+        a, b: of the same runs, in the same order.
+        seeds: the training seed of each run, see `eval.statistics.by_seed`; by default every run has its own.
 
     Returns:
         `difference` (a − b, mean over seeds), `ci`, `ratio` (of the means over seeds, a / b), `ratio_ci` (None where
         an FID is no more than its bias), `p` (two-sided, that of the interval), `verdict` of A, and `over`.
     """
-    grouped = seeds_by_model(len(a), models)
-    first, second = (_without_bias(each) for each in (a, b))
-    difference, variance, freedom = _mean(first - second, grouped)
+    first, second = (by_seed(_without_bias(each), seeds) for each in (a, b))
+    difference, variance, freedom = _mean(first - second)
     low, high = around(difference, variance, freedom)
     p = 2 * float(stats.t.sf(abs(difference) / math.sqrt(variance), freedom)) if variance else 1.0
     seen = [float(np.mean([fids.observed for fids in each])) for each in (a, b)]
     return {"difference": seen[0] - seen[1], "ci": [low, high], "ratio": seen[0] / seen[1] if seen[1] > 0 else None,
-            "ratio_ci": _ratio(first, second, grouped), "p": p, "verdict": verdict_of(-high, -low, p),
-            "over": "prompts and seeds" if grouped else "prompts"}
+            "ratio_ci": _ratio(first, second), "p": p, "verdict": verdict_of(-high, -low, p),
+            "over": "prompts and seeds" if len(first) >= MIN_SEEDS else "prompts"}
 
 
 def _without_bias(fids: list[Fids]) -> np.ndarray:
-    """(S, R): resampled FIDs of every seed, moved to where those of endless images would lie.
+    """(runs, R): resampled FIDs of every run, moved to where those of endless images would lie.
 
     They are off by the bias twice: once as all FIDs of so many images are, and once more as resamples of them are.
     """
     return np.array([each.resampled - 2 * (each.resampled.mean() - each.observed) for each in fids])
 
 
-def _mean(draws: np.ndarray, grouped: list[np.ndarray]) -> tuple[float, float, float]:
+def _mean(draws: np.ndarray) -> tuple[float, float, float]:
     """Mean over seeds and resamples (S, R), its variance, and the degrees of freedom of that."""
-    of_prompts = float(draws.mean(axis=0).var(ddof=1))
-    if not grouped:
+    of_prompts, num_seeds = float(draws.mean(axis=0).var(ddof=1)), len(draws)
+    if num_seeds < MIN_SEEDS:
         return float(draws.mean()), of_prompts, math.inf
-    of_seeds = [float(draws[seeds].mean(axis=1).var(ddof=1)) / len(seeds) / len(grouped) ** 2 for seeds in grouped]
-    of_pictures = sum(_of_pictures(draws[seeds]) for seeds in grouped) / len(grouped) ** 2
-    return float(draws.mean()), *combined_variance(of_prompts, of_seeds, of_pictures, grouped)
+    of_seeds = float(draws.mean(axis=1).var(ddof=1)) / num_seeds
+    return float(draws.mean()), *combined_variance(of_prompts, of_seeds, _of_pictures(draws), num_seeds)
 
 
 def _of_pictures(draws: np.ndarray) -> float:
@@ -112,10 +110,10 @@ def _of_pictures(draws: np.ndarray) -> float:
     return max(0.0, each - mean) / (len(draws) - 1)
 
 
-def _ratio(a: np.ndarray, b: np.ndarray, grouped: list[np.ndarray]) -> list[float] | None:
+def _ratio(a: np.ndarray, b: np.ndarray) -> list[float] | None:
     """By its logarithm, whose scatter is that of either FID in shares of its mean."""
     if min(a.mean(axis=0).min(), b.mean(axis=0).min()) <= 0:
         return None
-    _, variance, freedom = _mean(a / a.mean() - b / b.mean(), grouped)
+    _, variance, freedom = _mean(a / a.mean() - b / b.mean())
     low, high = around(math.log(a.mean() / b.mean()), variance, freedom)
     return [math.exp(low), math.exp(high)]

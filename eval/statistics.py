@@ -18,7 +18,7 @@ _CHUNK = 2_000_000  # random numbers in memory at once
 
 
 def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarray, seed: int,
-                      num_resamples: int = 2000, models: Sequence[int] | None = None) -> dict[str, Any]:
+                      num_resamples: int = 2000, seeds: Sequence[int] | None = None) -> dict[str, Any]:
     """Mean difference a − b over pairs: 95 % interval and sign-flip p-value.
 
     The scores of a prompt are averaged over seeds. The interval is that of resampling prompts with replacement (Efron
@@ -27,11 +27,11 @@ def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarr
     counts the observed one among the draws, so it is never 0 (Phipson & Smyth 2010).
 
     Args:
-        a: scores of arm A, (N,), one a prompt, or (S, N), a row a seed; higher is better; NaN where there is none.
-        b: scores of arm B on the same prompts and seeds, in the same order.
+        a: scores of arm A, (N,), one a prompt, or (R, N), a row a run; higher is better; NaN where there is none.
+        b: scores of arm B on the same prompts and runs, in the same order.
         seed: of both kinds of draws.
         num_resamples: of each kind.
-        models: (S,) the base model that each row was trained from; by default all from one.
+        seeds: (R,) the training seed of each row, see `by_seed`; by default every row has its own.
 
     Returns:
         `difference` (mean of a − b over the prompts that both arms have a score for), `ci` [low, high], `p`
@@ -44,74 +44,69 @@ def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarr
     first, second = (np.atleast_2d(np.asarray(scores, dtype=np.float64)) for scores in (a, b))
     if first.shape != second.shape or first.ndim != 2:
         raise ValueError(f"paired scores must be two equal tables of numbers, not {first.shape} and {second.shape}")
+    first, second = by_seed(first, seeds), by_seed(second, seeds)
     differences = _mean_over_seeds(first) - _mean_over_seeds(second)
     shared = ~np.isnan(differences)
     if not shared.any() or np.isinf(first).any() or np.isinf(second).any():
         raise ValueError("paired scores must be finite numbers, at least one pair")
-    differences, by_seed = differences[shared], (first - second)[:, shared]
+    differences, of_seeds = differences[shared], (first - second)[:, shared]
     observed = float(differences.mean())
     rng = np.random.default_rng(seed)
-    grouped = seeds_by_model(len(first), models)
-    if len(differences) < 2 or np.isnan(by_seed).all(axis=1).any():  # a seed by itself says nothing
-        grouped = []
-    if grouped:
-        low, high = around(observed, *crossed_variance(by_seed, differences, grouped))
+    over_seeds = len(first) >= MIN_SEEDS and len(differences) > 1 and not np.isnan(of_seeds).all(axis=1).any()
+    if over_seeds:
+        low, high = around(observed, *crossed_variance(of_seeds, differences))
     else:
         low, high = np.quantile(_bootstrap_means(differences, num_resamples, rng), [ALPHA / 2, 1 - ALPHA / 2])
     # What differs from the observed only by rounding is as extreme as the observed.
     as_extreme = np.abs(_flipped_means(differences, num_resamples, rng)) >= abs(observed) * (1 - 1e-9)
     p = (1 + int(as_extreme.sum())) / (1 + num_resamples)
     return {"difference": observed, "ci": [float(low), float(high)], "p": p, "verdict": verdict_of(low, high, p),
-            "num_prompts": int(shared.sum()), "over": "prompts and seeds" if grouped else "prompts"}
+            "num_prompts": int(shared.sum()), "over": "prompts and seeds" if over_seeds else "prompts"}
 
 
 # --- training seeds ------------------------------------------------------------------------------------------------
 
 
-def seeds_by_model(num_seeds: int, models: Sequence[int] | None = None) -> list[np.ndarray]:
-    """Which seeds were trained from which base model, as indices; none where a model has fewer than `MIN_SEEDS`."""
-    labels = np.zeros(num_seeds, dtype=np.int64) if models is None else np.asarray(models)
-    grouped = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    return grouped if min(map(len, grouped)) >= MIN_SEEDS else []
+def by_seed(scores: np.ndarray, seeds: Sequence[int] | None) -> np.ndarray:
+    """(R, N), a row a run → (S, N), a row a seed: the mean of its runs.
+
+    Runs of one seed on several base models share order, captions, dropout and noise. They may err together, so they
+    count as one; and as every model has every seed, models do not add to what seeds scatter: the result is about them.
+    """
+    if seeds is None:
+        return scores
+    labels = np.asarray(seeds)
+    return np.array([_mean_over_seeds(scores[labels == label]) for label in np.unique(labels)])
 
 
-def crossed_variance(differences: np.ndarray, by_prompt: np.ndarray, grouped: list[np.ndarray]) -> tuple[float, float]:
+def crossed_variance(differences: np.ndarray, by_prompt: np.ndarray) -> tuple[float, float]:
     """Variance of a mean over seeds and prompts, and its degrees of freedom.
 
     Every seed draws every prompt, so the mean scatters by seed and by prompt: the variance by seeds and that by prompts
     are added, and what both hold, the scatter of single pictures, is taken off once (Cameron, Gelbach & Miller 2011,
-    two-way clusters; resampling both would count it three times, Owen 2007). Seeds are compared within their base
-    model: the result is about these models.
+    two-way clusters; resampling both would count it three times, Owen 2007).
 
     Args:
         differences: (S, N), a row a seed; NaN where there is none.
         by_prompt: (N,) their means over seeds, none NaN.
-        grouped: indices of the seeds of each base model.
     """
-    num_prompts, num_models = len(by_prompt), len(grouped)
-    seeds, pictures = [], 0.0
-    for rows in grouped:
-        part = differences[rows]
-        of_seeds = _mean_over_seeds(part.T)
-        seeds.append(of_seeds.var(ddof=1) / len(rows) / num_models ** 2)
-        rest = part - _mean_over_seeds(part) - (of_seeds - of_seeds.mean())[:, None]
-        degrees = (len(rows) - 1) * (num_prompts - 1)
-        pictures += np.nansum(rest ** 2) / degrees / (len(rows) * num_prompts) / num_models ** 2
-    return combined_variance(float(by_prompt.var(ddof=1)) / num_prompts, seeds, pictures, grouped)
+    num_seeds, num_prompts = differences.shape
+    of_seeds = _mean_over_seeds(differences.T)
+    rest = differences - _mean_over_seeds(differences) - (of_seeds - of_seeds.mean())[:, None]
+    of_pictures = np.nansum(rest ** 2) / (num_seeds - 1) / (num_prompts - 1) / (num_seeds * num_prompts)
+    return combined_variance(float(by_prompt.var(ddof=1)) / num_prompts, float(of_seeds.var(ddof=1)) / num_seeds,
+                             float(of_pictures), num_seeds)
 
 
-def combined_variance(of_prompts: float, of_seeds: list[float], of_pictures: float, grouped: list[np.ndarray]
-                      ) -> tuple[float, float]:
-    """The variances by prompts and by seeds (of each base model's share) together, less what both hold.
+def combined_variance(of_prompts: float, of_seeds: float, of_pictures: float, num_seeds: int) -> tuple[float, float]:
+    """The variances by prompts and by seeds together, less what both hold.
 
     Returns:
         The variance, never less than either alone, and degrees of freedom for Student's t: those of the seeds, weighed
         by their share of the variance (Satterthwaite 1946).
     """
-    by_seeds = sum(of_seeds)
-    whole = max(of_prompts, by_seeds, of_prompts + by_seeds - of_pictures)
-    uncertain = sum(each ** 2 / (len(rows) - 1) for each, rows in zip(of_seeds, grouped, strict=True))
-    return whole, whole ** 2 / uncertain if uncertain > 0 else math.inf
+    whole = max(of_prompts, of_seeds, of_prompts + of_seeds - of_pictures)
+    return whole, (num_seeds - 1) * (whole / of_seeds) ** 2 if of_seeds > 0 else math.inf
 
 
 def around(value: float, variance: float, freedom: float) -> tuple[float, float]:

@@ -69,6 +69,18 @@ def test_intervals_cover_over_seeds(scatter: float) -> None:
     assert hits >= 54
 
 
+def test_a_seed_on_several_base_models_counts_as_one() -> None:
+    rng = np.random.default_rng(1)
+    moved = rng.normal(0, 0.2, size=5)
+    a, b = ([resample_fid(features(mean + shift + model, 100 + index), REFERENCE, 0, 100)
+             for model in (0.0, 0.1) for index, shift in enumerate(shifts)]
+            for mean, shifts in ((0.5, moved), (0.6, np.zeros(5))))
+    alike = fid_difference(a, b, seeds=[*range(5)] * 2)
+    apart = fid_difference(a, b)
+    assert alike["difference"] == apart["difference"] and np.ptp(alike["ci"]) > 1.2 * np.ptp(apart["ci"])
+    assert fid_difference(a[:4], b[:4], seeds=[0, 1, 0, 1])["over"] == "prompts"
+
+
 def test_where_no_interval_is_given() -> None:
     assert why_no_interval(2000, 64) is None
     assert "too long" in str(why_no_interval(50_000, 2048))

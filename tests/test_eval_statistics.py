@@ -57,20 +57,22 @@ def test_what_is_not_paired_is_refused(a: list[float], b: list[float]) -> None:
 
 
 @pytest.mark.parametrize("scatter", [0.0, 0.05, 0.3])
-@pytest.mark.parametrize("models", [[0] * 5, [0] * 5 + [1] * 5])
-def test_the_interval_covers_over_seeds(models: list[int], scatter: float) -> None:
-    """Whether training anew moves an arm by nothing, as other prompts would, or by far more."""
+@pytest.mark.parametrize(("num_models", "shared"), [(1, 0.0), (2, 0.0), (2, 1.0)])
+def test_the_interval_covers_over_seeds(num_models: int, shared: float, scatter: float) -> None:
+    """Whether training anew moves an arm by nothing, as other prompts would, or by far more, alike or not."""
     rng, covered, widths = np.random.default_rng(4), [], []
-    of_model = np.array([0.5, -0.5])[models][:, None] if max(models) else 0.0  # these models are the ones spoken of
+    seeds = [*range(5)] * num_models
+    of_model = np.repeat([0.5, -0.5][:num_models], 5)[:, None] if num_models > 1 else 0.0  # these are spoken of
     for seed in range(200):
         prompts = rng.normal(size=200)
-        a, b = (prompts + rng.normal(0, 0.5, size=(len(models), 200)) for _ in range(2))
-        found = paired_difference(a + of_model + rng.normal(0, scatter, size=(len(models), 1)), b, seed, 50, models)
+        a, b = (prompts + rng.normal(0, 0.5, size=(len(seeds), 200)) for _ in range(2))
+        of_seed = rng.normal(size=(5, 1))[seeds] * shared + rng.normal(size=(len(seeds), 1)) * (1 - shared)
+        found = paired_difference(a + of_model + scatter * of_seed, b, seed, 50, seeds)
         covered.append(found["ci"][0] <= 0 <= found["ci"][1])
         widths.append(np.ptp(found["ci"]))
     assert np.mean(covered) >= 0.92
     if not scatter:  # not far wider than they need be: pictures alone scatter, by 0.5 in each arm
-        assert np.mean(widths) < 1.5 * 2 * 1.96 * (0.5 / len(models) / 200) ** 0.5
+        assert np.mean(widths) < 1.5 * 2 * 1.96 * (0.5 / len(seeds) / 200) ** 0.5
 
 
 def test_seeds_are_spoken_of_from_three_on() -> None:
