@@ -2,8 +2,8 @@
 
     {"schema": 1, "title": "…", "command": "…", "date": "2026-01-31", "hardware": "…", "runs": […], "comparisons": […]}
 
-`title`, `command`, `date` and `hardware` may be missing; `runs` and `comparisons` are as `recap report` writes them,
-`base_models` as `recap pool` does; whatever else is there is passed over.
+`title`, `command`, `date` and `hardware` may be missing; `runs` and `comparisons` are as `recap report` writes them
+(and `set_comparisons`), `base_models` as `recap pool` does; whatever else is there is passed over.
 """
 
 import math
@@ -60,6 +60,13 @@ class BesideComparison(_Part):
     num_base_models: int | None = None
 
 
+class BesideSets(BesideComparison):
+    """Of one arm with itself: `a` and `b` are prompt sets."""
+
+    arm: _Text
+    means: tuple[FiniteFloat, FiniteFloat]
+
+
 class BesideModel(_Part):
     """One base model of several, and what its runs alone say."""
 
@@ -78,6 +85,7 @@ class Beside(_Part):
     runs: list[BesideRun] = Field(min_length=1)
     comparisons: list[BesideComparison] = []
     base_models: list[BesideModel] = []
+    set_comparisons: list[BesideSets] = []
 
     def findings(self) -> Findings:
         """The same as of this run: means over seeds, and comparisons."""

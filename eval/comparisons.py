@@ -252,6 +252,50 @@ def _resampled(compared: list[Pair], reference: Statistics, seed: int) -> dict[P
     return found
 
 
+# --- prompt sets ---------------------------------------------------------------------------------------------------
+
+
+def compare_sets(arms: list[str], runs: Sequence[Run], pairs: Sequence[tuple[str, str]], seed: int = 0
+                 ) -> list[dict[str, Any]]:
+    """Every arm with itself: what it drew from one prompt set, and from another form of the same prompts.
+
+    By the judge's measures. CLIP score would score other texts, and FID wants more pictures than such sets have.
+
+    Args:
+        pairs: names of sets, as `("whole", "cut")`: the same prompts in the same order, so from the same noise.
+
+    Returns:
+        As of `compare`, with `arm`, `a` and `b` the sets, and `means` of both.
+
+    Raises:
+        UserError: a set is not there, or two differ in length.
+    """
+    by_arm = {arm: own for arm in arms if (own := [run for run in runs if run.arm == arm])}
+    found = []
+    for a, b in pairs:
+        for measure in measures_of(runs[0].metrics)[:-2]:
+            for arm, own in by_arm.items():
+                one, other = _of_sets(own, measure, a, b)
+                if _any_shared(one, other):
+                    found.append({"arm": arm, "a": a, "b": b, "metric": measure.key, "unit": "share",
+                                  "better": "higher", "means": [float(np.nanmean(one)), float(np.nanmean(other))],
+                                  "num_seeds": len(own), "num_base_models": len({run.base_model for run in own}),
+                                  **paired_difference(one, other, seed, seeds=[run.seed for run in own])})
+    return found
+
+
+def _of_sets(runs: list[Run], measure: Measure, *names: str) -> list[np.ndarray]:
+    """Values, (runs, N), over the prompts of each of two sets."""
+    known = runs[0].scores.sets
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"report.compare_sets: no prompt set {unknown[0]!r} in generate.prompts: the sets are "
+                        f"{', '.join(dict.fromkeys(known))}")
+    if len({known.count(name) for name in names}) > 1:
+        counts = " and ".join(f"{name} has {known.count(name):,} prompts" for name in names)
+        raise UserError(f"report.compare_sets: {counts}: name two forms of the same prompts")
+    return [np.array([run.scores.values(measure.key, [name]) for run in runs]) for name in names]
+
+
 def _any_shared(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether there is a prompt for which both arms have a value, of whatever seed."""
     return bool((~np.isnan(a)).any(axis=0)[(~np.isnan(b)).any(axis=0)].any())

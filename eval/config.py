@@ -65,5 +65,8 @@ class Report(Table):
     """Prompts shown as drawn by every arm."""
     references: list[str] = []
     """Caption kinds of the shards in `evaluate.reference`, compared with the captions that were written."""
+    compare_sets: list[tuple[str, str]] = []
+    """Pairs of prompt sets that are forms of the same prompts, in the same order, such as whole and cut: what an arm
+    draws from the one is compared with what it draws from the other."""
     beside: str | None = None
     """A result's JSON, as `report.json`, shown beside this run's own; see `eval/beside.py`."""

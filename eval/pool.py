@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from eval.comparisons import Run, baseline, claim, compare, summarize
+from eval.comparisons import Run, baseline, claim, compare, compare_sets, summarize
 from eval.fid import load
 from eval.generate import PROMPTS_FILE
 from eval.measures import measures_of
@@ -28,9 +28,9 @@ def pool(folders: list[Path], out: Path, title: str, command: str) -> Findings:
 
     Args:
         folders: `runs/NAME` of runs that differ in their base model alone.
-        out: JSON file: `runs` and `comparisons` as in report.json; `base_models`, each with its own comparisons of the
-            arm that the headline speaks of; and `title`, `command`, `date`, `hardware`, `environment`, `config`,
-            `captions`, those of the first run.
+        out: JSON file: `runs`, `comparisons` and `set_comparisons` as in report.json; `base_models`, each with its own
+            comparisons of the arm that the headline speaks of; and `title`, `command`, `date`, `hardware`,
+            `environment`, `config`, `captions`, those of the first run.
         title, command: for its readers.
 
     Raises:
@@ -55,7 +55,8 @@ def pool(folders: list[Path], out: Path, title: str, command: str) -> Findings:
         "base_models": [{"model": _model(report), "comparisons": _claimed(report)} for report in reports],
         "runs": [{"base_model": run.base_model, "seed": run.seed, "arm": run.arm, "metrics": run.metrics}
                  for run in runs],
-        "comparisons": found.comparisons, "captions": reports[0]["captions"]})
+        "comparisons": found.comparisons, "set_comparisons": compare_sets(arms, runs, _set_pairs(reports[0])),
+        "captions": reports[0]["captions"]})
     return found
 
 
@@ -69,6 +70,10 @@ def _report(folder: Path) -> dict[str, Any]:
 
 def _model(report: dict[str, Any]) -> str:
     return str(report["config"].get("train", {}).get("model"))
+
+
+def _set_pairs(report: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(a, b) for a, b in report["config"].get("report", {}).get("compare_sets", [])]
 
 
 def _claimed(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import jinja2
 from eval.beside import Beside, read_beside
 from eval.caption_table import Source, caption_table
 from eval.charts import Row, dot_chart
-from eval.comparisons import ArmSummary, Run, compare, summarize
+from eval.comparisons import ArmSummary, Run, compare, compare_sets, summarize
 from eval.config import JudgeRef, Report
 from eval.exhibits import captions, grid
 from eval.fid import load
@@ -74,9 +74,11 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
     judge = open_judge(content.judge, content.device) if content.judge else None
     said = caption_table(_sources(content, config), judge)
     headline, sentences = verdict(found)
+    forms = compare_sets(content.arms, content.runs, config.compare_sets)
     page = _template().render(
         title=config.title or content.name, note=config.note, content=content, headline=headline, sentences=sentences,
-        found=found, pairs=_pairs(found), charts=_charts(found), sets=_sets(content.runs, found), captions=said,
+        found=found, pairs=_pairs(found), charts=_charts(found), sets=_sets(content.runs, found),
+        forms=_forms(found, forms), captions=said,
         beside=_beside(config.beside), grid=grid(content.arms, content.runs, config.num_prompts, found.lead),
         cards=captions(content.relabelled, content.styles, config.num_captions),
         metrics=content.runs[0].metrics, num_seeds=len({each.seed for each in content.runs}),
@@ -87,8 +89,8 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
     write_json(str(stage.path / "report.json"), {
         "schema": SCHEMA,
         "runs": [{"seed": each.seed, "arm": each.arm, "metrics": each.metrics} for each in content.runs],
-        "comparisons": found.comparisons, "captions": said, "counts": content.counts, "config": content.config,
-        "environment": content.environment})
+        "comparisons": found.comparisons, "set_comparisons": forms, "captions": said, "counts": content.counts,
+        "config": content.config, "environment": content.environment})
     return {"table": arms_table(found), "verdict": headline}
 
 
@@ -129,18 +131,26 @@ def _mean(values: list[float | None]) -> float | None:
 def _pairs(found: Findings) -> list[dict[str, str]]:
     """A row for each comparison, in words: arms, measure, difference, interval, ratio, p and verdict."""
     measures = {measure.key: measure for measure in found.measures}
-    rows = []
-    for each in found.comparisons[:MAX_COMPARISONS]:
-        if measure := measures.get(each["metric"]):
-            ratio = "" if each.get("ratio") is None else f"{each['ratio']:.2f}"
-            if each.get("ratio_ci"):
-                ratio += " ({:.2f} to {:.2f})".format(*each["ratio_ci"])
-            rows.append({"a": each["a"], "b": each["b"], "measure": f"{measure.label} {measure.arrow}",
-                         "prompts": f"{each['num_prompts']:,}" if each.get("num_prompts") else "",
-                         "difference": f"{measure.change(each['difference'])}{measure.unit}",
-                         "interval": measure.interval(each), "ratio": ratio,
-                         "p": "" if each["p"] is None else p_text(each["p"]), "verdict": each["verdict"]})
-    return rows
+    return [{"a": each["a"], "b": each["b"], **_in_words(each, measure)}
+            for each in found.comparisons[:MAX_COMPARISONS] if (measure := measures.get(each["metric"]))]
+
+
+def _forms(found: Findings, comparisons: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The same of prompt sets, with the arm that drew them and both its values."""
+    measures = {measure.key: measure for measure in found.measures}
+    return [{"arm": each["arm"], "a": each["a"], "b": each["b"], "of_a": measure.text(each["means"][0]),
+             "of_b": measure.text(each["means"][1]), **_in_words(each, measure)}
+            for each in comparisons[:MAX_COMPARISONS] if (measure := measures.get(each["metric"]))]
+
+
+def _in_words(each: dict[str, Any], measure: Measure) -> dict[str, str]:
+    ratio = "" if each.get("ratio") is None else f"{each['ratio']:.2f}"
+    if each.get("ratio_ci"):
+        ratio += " ({:.2f} to {:.2f})".format(*each["ratio_ci"])
+    return {"measure": f"{measure.label} {measure.arrow}",
+            "prompts": f"{each['num_prompts']:,}" if each.get("num_prompts") else "",
+            "difference": f"{measure.change(each['difference'])}{measure.unit}", "interval": measure.interval(each),
+            "ratio": ratio, "p": "" if each["p"] is None else p_text(each["p"]), "verdict": each["verdict"]}
 
 
 def _guidance(scales: dict[str, float]) -> str:
@@ -165,6 +175,7 @@ class _Besides:
     about: Beside
     found: Findings
     pairs: list[dict[str, str]]
+    forms: list[dict[str, str]]
     headline: str
     models: list[str]
     """Of each base model, what it alone says, in a sentence."""
@@ -181,9 +192,10 @@ def _beside(path: str | None) -> _Besides | None:
     if bad := [measure.key for measure in found.measures if not METRIC.fullmatch(measure.key)]:
         raise UserError(f"report.beside: {path} calls a metric {bad[0][:40]!r}: names are like object_accuracy")
     words = ("better", "worse", "can't tell")  # other words would be the file's own, in our sentences
-    if bad := [each["verdict"] for each in found.comparisons if each["verdict"] not in words]:
+    if bad := [each.verdict for each in [*about.comparisons, *about.set_comparisons] if each.verdict not in words]:
         raise UserError(f"report.beside: {path} has a verdict {bad[0][:40]!r}: it is one of {', '.join(words)}")
-    return _Besides(about, found, _pairs(found), verdict(found)[0], _by_model(about, found),
+    forms = _forms(found, [each.model_dump() for each in about.set_comparisons])
+    return _Besides(about, found, _pairs(found), forms, verdict(found)[0], _by_model(about, found),
                     len({(run.base_model, run.seed) for run in about.runs}))
 
 

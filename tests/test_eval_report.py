@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from eval.beside import read_beside
-from eval.comparisons import compare, summarize
+from eval.comparisons import compare, compare_sets, summarize
 from eval.config import Report
 from eval.exhibits import captions, picture, shorten
 from eval.fid import Statistics, save
@@ -40,16 +40,17 @@ def png(seed: int, size: int = 32) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(256, size=(size, size, 3), dtype=np.uint8))
 
 
-SETS = ["short", "probe<i>"]
+SETS = ["short", "probe<i>", "half"]
 
 
 def make_run(root: Path, seed: int, arm: str, better_by: float = 0.0, prompts: int = NUM_PROMPTS,
              judged: bool = False) -> Run:
-    """A scored arm, as `generate` and `evaluate` leave it; the last fifth of its prompts are a probe set."""
+    """A scored arm, as `generate` and `evaluate` leave it; the last fifth of its prompts are two probe sets."""
     images, evaluated = root / f"seed-{seed}/generate/{arm}", root / f"seed-{seed}/eval/{arm}"
     images.mkdir(parents=True)
     evaluated.mkdir(parents=True)
-    sets = [SETS[index >= prompts * 4 // 5] for index in range(prompts)] if judged else ["prompts"] * prompts
+    places = [(index >= prompts * 4 // 5) + (index >= prompts * 9 // 10) for index in range(prompts)]
+    sets = [SETS[place] for place in places] if judged else ["prompts"] * prompts
     rows = [{"index": i, "prompt": f"{HOSTILE[i % 6]} {i}", "set": name} for i, name in enumerate(sets)]
     (images / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for index in range(prompts):
@@ -239,12 +240,14 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
               "runs": [{"seed": seed, "arm": arm, "metrics": each.metrics} for seed, arm, each in
                        [(run.seed, run.arm, run) for run in runs]],
               "comparisons": [{"a": "mix", "b": "alt", "metric": "all_right", "difference": 0.3, "ci": [0.2, 0.4],
-                               "p": 0.001, "verdict": "better", "num_prompts": 48}]}
+                               "p": 0.001, "verdict": "better", "num_prompts": 48}],
+              "set_comparisons": [{"arm": PAYLOAD, "a": "x", "b": "y", "metric": "all_right", "difference": 0.125,
+                                   "ci": [0.11, 0.14], "p": 0.001, "verdict": "better", "means": [0.375, 0.25]}]}
     (root / "beside.json").write_text(json.dumps(beside))
     given = ReportInput(name="judged", config={}, arms=list(effects), styles=["short"], runs=runs,
                         relabelled=[relabelled(root / "00000.tar")], statistics=root / "reference.npz")
     stage = StageDir(root / "report", {})
-    run(stage, given, Report(num_prompts=4, beside=str(root / "beside.json")))
+    run(stage, given, Report(num_prompts=4, beside=str(root / "beside.json"), compare_sets=[("probe<i>", "half")]))
     return stage.path
 
 
@@ -264,6 +267,23 @@ def test_probe_sets_stand_apart(judged: Path) -> None:
     html = (judged / "index.html").read_text(encoding="utf-8")
     assert "<em>probe&lt;i&gt;</em>" in html and "By the kind of prompt" in html
     assert "my &lt;b&gt;judge&lt;/b&gt;" in html
+
+
+def test_two_forms_of_the_same_prompts_are_compared_within_every_arm(judged: Path, tmp_path: Path) -> None:
+    found = json.loads((judged / "report.json").read_bytes())["set_comparisons"]
+    assert [(each["arm"], each["a"], each["b"], each["metric"]) for each in found] == [
+        (arm, "probe<i>", "half", "all_right") for arm in ("alt", "mix")]
+    for each in found:
+        first, second = each["means"]
+        assert each["difference"] == pytest.approx(first - second)
+        assert (each["num_prompts"], each["num_seeds"], each["over"]) == (6, 3, "prompts and seeds")
+    html = (judged / "index.html").read_text(encoding="utf-8")
+    assert "probe&lt;i&gt; <span class=\"soft\">against</span> half" in html
+    assert "37.5 %" in html and "+12.5 points" in html  # of the result beside
+    runs = [make_run(tmp_path, 0, "alt", judged=True)]
+    for pair, message in ((("half", "none"), "no prompt set 'none'"), (("short", "half"), "short has 32 prompts and")):
+        with pytest.raises(UserError, match=message):
+            compare_sets(["alt"], runs, [pair])
 
 
 def test_another_result_is_shown_beside_and_escaped(judged: Path, tmp_path: Path) -> None:
