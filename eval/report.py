@@ -135,10 +135,10 @@ def _pairs(found: Findings) -> list[dict[str, str]]:
             for each in found.comparisons[:MAX_COMPARISONS] if (measure := measures.get(each["metric"]))]
 
 
-def _forms(found: Findings, comparisons: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _forms(found: Findings, comparisons: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same of prompt sets, with the arm that drew them and both its values."""
     measures = {measure.key: measure for measure in found.measures}
-    return [{"arm": each["arm"], "a": each["a"], "b": each["b"], "of_a": measure.text(each["means"][0]),
+    return [{"arm": each["arm"], "sets": (each["a"], each["b"]), "of_a": measure.text(each["means"][0]),
              "of_b": measure.text(each["means"][1]), **_in_words(each, measure)}
             for each in comparisons[:MAX_COMPARISONS] if (measure := measures.get(each["metric"]))]
 
@@ -175,7 +175,7 @@ class _Besides:
     about: Beside
     found: Findings
     pairs: list[dict[str, str]]
-    forms: list[dict[str, str]]
+    forms: list[dict[str, Any]]
     headline: str
     models: list[str]
     """Of each base model, what it alone says, in a sentence."""

@@ -278,7 +278,7 @@ def test_two_forms_of_the_same_prompts_are_compared_within_every_arm(judged: Pat
         assert each["difference"] == pytest.approx(first - second)
         assert (each["num_prompts"], each["num_seeds"], each["over"]) == (6, 3, "prompts and seeds")
     html = (judged / "index.html").read_text(encoding="utf-8")
-    assert "probe&lt;i&gt; <span class=\"soft\">against</span> half" in html
+    assert "drawn by every arm: probe&lt;i&gt; against half" in html
     assert "37.5 %" in html and "+12.5 points" in html  # of the result beside
     runs = [make_run(tmp_path, 0, "alt", judged=True)]
     for pair, message in ((("half", "none"), "no prompt set 'none'"), (("short", "half"), "short has 32 prompts and")):
