@@ -16,14 +16,14 @@ from recap.world import marker
 from recap.world.scene import Scene, draw_scene, render
 from recap.world.words import (
     alt_text,
-    clean_alt_text,
+    careful_alt_text,
     describe,
     reference_long,
     reference_rich,
     reference_short,
 )
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the same settings would give other shards."""
 WINDOW = 75
 """Content tokens that CLIP reads at once."""
@@ -117,10 +117,10 @@ def _write_shard(out: Path, split_name: str, shard: int, places: range, size: in
 def _texts(scene: Scene, rng: Random, references: bool) -> dict[str, str]:
     """Caption kind → text; of `alt`, also which kind of alt-text it is."""
     alt_kind, alt = alt_text(scene, rng)
-    texts = {"alt_kind": alt_kind, "alt": alt, "exact": describe(scene, rng), "clean": clean_alt_text(scene)}
+    texts = {"alt_kind": alt_kind, "alt": alt, "exact": describe(scene, rng)}
     if references:
         texts |= {name: write(scene, rng) for name, write in REFERENCES.items()}
-    return texts
+    return texts | {"clean": careful_alt_text(scene, rng)}
 
 
 def _members(key: str, size: int, scene: Scene, texts: dict[str, str]) -> dict[str, bytes]:
