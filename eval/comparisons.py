@@ -14,7 +14,7 @@ from eval.fid import Statistics
 from eval.fid_difference import Fids, fid_difference, resample_fid, why_no_interval
 from eval.measures import FID, Measure, measures_of
 from eval.scores import Scores
-from eval.statistics import paired_difference
+from eval.statistics import mean_over_runs, paired_difference
 from recap import progress
 from recap.errors import UserError
 
@@ -265,7 +265,7 @@ def compare_sets(arms: list[str], runs: Sequence[Run], pairs: Sequence[tuple[str
         pairs: names of sets, as `("whole", "cut")`: the same prompts in the same order, so from the same noise.
 
     Returns:
-        As of `compare`, with `arm`, `a` and `b` the sets, and `means` of both.
+        As of `compare`, with `arm`, `a` and `b` the sets, and `means` of both over the prompts compared.
 
     Raises:
         UserError: a set is not there, or two differ in length.
@@ -278,7 +278,7 @@ def compare_sets(arms: list[str], runs: Sequence[Run], pairs: Sequence[tuple[str
                 one, other = _of_sets(own, measure, a, b)
                 if _any_shared(one, other):
                     found.append({"arm": arm, "a": a, "b": b, "metric": measure.key, "unit": "share",
-                                  "better": "higher", "means": [float(np.nanmean(one)), float(np.nanmean(other))],
+                                  "better": "higher", "means": _shared_means(one, other),
                                   "num_seeds": len(own), "num_base_models": len({run.base_model for run in own}),
                                   **paired_difference(one, other, seed, seeds=[run.seed for run in own])})
     return found
@@ -294,6 +294,13 @@ def _of_sets(runs: list[Run], measure: Measure, *names: str) -> list[np.ndarray]
         counts = " and ".join(f"{name} has {known.count(name):,} prompts" for name in names)
         raise UserError(f"report.compare_sets: {counts}: name two forms of the same prompts")
     return [np.array([run.scores.values(measure.key, [name]) for run in runs]) for name in names]
+
+
+def _shared_means(*tables: np.ndarray) -> list[float]:
+    """Of each (runs, N), the mean over the prompts for which all have a value: what a difference is between."""
+    by_prompt = np.array([mean_over_runs(table) for table in tables])
+    means: list[float] = by_prompt[:, ~np.isnan(by_prompt).any(axis=0)].mean(axis=1).tolist()
+    return means
 
 
 def _any_shared(a: np.ndarray, b: np.ndarray) -> bool:

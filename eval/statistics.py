@@ -45,7 +45,7 @@ def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarr
     if first.shape != second.shape or first.ndim != 2:
         raise ValueError(f"paired scores must be two equal tables of numbers, not {first.shape} and {second.shape}")
     first, second = by_seed(first, seeds), by_seed(second, seeds)
-    differences = _mean_over_seeds(first) - _mean_over_seeds(second)
+    differences = mean_over_runs(first) - mean_over_runs(second)
     shared = ~np.isnan(differences)
     if not shared.any() or np.isinf(first).any() or np.isinf(second).any():
         raise ValueError("paired scores must be finite numbers, at least one pair")
@@ -76,7 +76,7 @@ def by_seed(scores: np.ndarray, seeds: Sequence[int] | None) -> np.ndarray:
     if seeds is None:
         return scores
     labels = np.asarray(seeds)
-    return np.array([_mean_over_seeds(scores[labels == label]) for label in np.unique(labels)])
+    return np.array([mean_over_runs(scores[labels == label]) for label in np.unique(labels)])
 
 
 def crossed_variance(differences: np.ndarray, by_prompt: np.ndarray) -> tuple[float, float]:
@@ -91,8 +91,8 @@ def crossed_variance(differences: np.ndarray, by_prompt: np.ndarray) -> tuple[fl
         by_prompt: (N,) their means over seeds, none NaN.
     """
     num_seeds, num_prompts = differences.shape
-    of_seeds = _mean_over_seeds(differences.T)
-    rest = differences - _mean_over_seeds(differences) - (of_seeds - of_seeds.mean())[:, None]
+    of_seeds = mean_over_runs(differences.T)
+    rest = differences - mean_over_runs(differences) - (of_seeds - of_seeds.mean())[:, None]
     of_pictures = np.nansum(rest ** 2) / (num_seeds - 1) / (num_prompts - 1) / (num_seeds * num_prompts)
     return combined_variance(float(by_prompt.var(ddof=1)) / num_prompts, float(of_seeds.var(ddof=1)) / num_seeds,
                              float(of_pictures), num_seeds)
@@ -115,8 +115,8 @@ def around(value: float, variance: float, freedom: float) -> tuple[float, float]
     return value - half, value + half
 
 
-def _mean_over_seeds(scores: np.ndarray) -> np.ndarray:
-    """(S, N) → (N,): the mean of the scores that a prompt has, NaN where it has none."""
+def mean_over_runs(scores: np.ndarray) -> np.ndarray:
+    """(R, N) → (N,): the mean of the scores that a prompt has, NaN where it has none."""
     known = ~np.isnan(scores)
     with np.errstate(invalid="ignore"):
         mean: np.ndarray = np.where(known, scores, 0).sum(axis=0) / known.sum(axis=0)

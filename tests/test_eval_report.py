@@ -281,6 +281,11 @@ def test_two_forms_of_the_same_prompts_are_compared_within_every_arm(judged: Pat
     assert "drawn by every arm: probe&lt;i&gt; against half" in html
     assert "37.5 %" in html and "+12.5 points" in html  # of the result beside
     runs = [make_run(tmp_path, 0, "alt", judged=True)]
+    values = runs[0].scores.columns["all_right"]
+    values[-1] = None  # neither the mean nor the difference then counts the pair
+    each = compare_sets(["alt"], runs, [("probe<i>", "half")])[0]
+    assert each["means"] == pytest.approx([np.mean(values[-8:-5]), np.mean(values[-4:-1])])  # type: ignore[arg-type]
+    assert each["difference"] == pytest.approx(each["means"][0] - each["means"][1])
     for pair, message in ((("half", "none"), "no prompt set 'none'"), (("short", "half"), "short has 32 prompts and")):
         with pytest.raises(UserError, match=message):
             compare_sets(["alt"], runs, [pair])
