@@ -14,7 +14,7 @@ from eval.measures import measures_of
 from eval.report import settings
 from eval.verdict import Findings
 from recap.errors import UserError
-from recap.shards import write_json
+from recap.shards import write_bytes
 
 SCHEMA = 1
 REFERENCE = "reference/reference.npz"
@@ -48,7 +48,7 @@ def pool(folders: list[Path], out: Path, title: str, command: str) -> Findings:
     arms, runs = reports[0]["config"]["arms"], [run for each in per_run for run in each]
     reference = load(folders[0] / REFERENCE)[0]
     found = Findings(arms, measures_of(runs[0].metrics), summarize(arms, runs), compare(arms, runs, reference))
-    write_json(str(out), {
+    write_bytes(str(out), _by_line({
         "schema": SCHEMA, "title": title, "command": command, "date": datetime.now(UTC).date().isoformat(),
         "hardware": reports[0]["environment"].get("hardware", ""), "environment": reports[0]["environment"],
         "config": reports[0]["config"],
@@ -56,8 +56,28 @@ def pool(folders: list[Path], out: Path, title: str, command: str) -> Findings:
         "runs": [{"base_model": run.base_model, "seed": run.seed, "arm": run.arm, "metrics": run.metrics}
                  for run in runs],
         "comparisons": found.comparisons, "set_comparisons": compare_sets(arms, runs, _set_pairs(reports[0])),
-        "captions": reports[0]["captions"]})
+        "captions": reports[0]["captions"]}).encode())
     return found
+
+
+def _by_line(result: dict[str, Any]) -> str:
+    """JSON with a line for each run and each comparison, in six digits: small enough to keep with a project."""
+    parts = [f"{json.dumps(key)}: {_lines(_rounded(value))}" for key, value in result.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, list):
+        return json.dumps(value, ensure_ascii=False)
+    return "[\n" + ",\n".join(json.dumps(each, ensure_ascii=False) for each in value) + "\n]"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _report(folder: Path) -> dict[str, Any]:

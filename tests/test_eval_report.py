@@ -326,6 +326,9 @@ def test_runs_are_pooled_into_a_result_that_can_be_shown(tmp_path: Path, content
     assert all((each["num_seeds"], each["num_base_models"], each["over"]) == (6, 2, "prompts and seeds")
                for each in found.comparisons)
     kept = read_beside(str(tmp_path / "all.json"))
+    assert [each.difference for each in kept.comparisons] == pytest.approx(
+        [each["difference"] for each in found.comparisons], rel=1e-5)
+    assert max(map(len, (tmp_path / "all.json").read_text().splitlines())) < 1000  # a line a run, a line a comparison
     assert (kept.findings().against("mix", found.lead) or {})["verdict"] == "better"
     run(StageDir(tmp_path / "report", {}), content, Report(beside=str(tmp_path / "all.json"), num_prompts=0))
     html = (tmp_path / "report/index.html").read_text(encoding="utf-8")
