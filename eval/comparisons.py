@@ -2,7 +2,7 @@
 
 import json
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,8 @@ import numpy as np
 from eval.fid import Statistics
 from eval.fid_difference import Fids, fid_difference, resample_fid, why_no_interval
 from eval.measures import FID, Measure, measures_of
-from eval.scores import Scores
+from eval.prompts import PROMPTS_FILE
+from eval.scores import Scores, check_sets
 from eval.statistics import mean_over_runs, paired_difference
 from recap import progress
 from recap.errors import UserError
@@ -76,6 +77,14 @@ class Run:
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             raise self._unreadable("features.npz") from None
 
+    @cached_property
+    def prompts(self) -> bytes:
+        """What it was drawn from, prompts and noise: the whole of prompts.jsonl."""
+        try:
+            return (self.images / PROMPTS_FILE).read_bytes()
+        except OSError:
+            raise UserError(f"no readable {PROMPTS_FILE} in {self.images}: run `recap generate` first") from None
+
     @property
     def has_features(self) -> bool:
         """Whether `features` is there to be read."""
@@ -91,9 +100,7 @@ class ArmSummary:
 
     arm: str
     values: dict[str, list[float]]
-    """Measure → one value a seed; none where no prompt asks for it."""
-    num_images: int
-    """Of one seed."""
+    """Measure → one value a seed, the mean over base models; none where no prompt asks for it."""
 
     def mean(self, measure: Measure) -> float | None:
         values = self.values.get(measure.key)
@@ -109,12 +116,20 @@ def summarize(arms: list[str], runs: Sequence[Scored]) -> list[ArmSummary]:
     """The arms that have runs, in the order of the report."""
     found = []
     for arm in arms:
-        metrics = [run.metrics for run in runs if run.arm == arm]
-        if metrics:
-            values = {measure.key: [each[measure.key] for each in metrics if each.get(measure.key) is not None]
-                      for measure in measures_of(metrics[0])}
-            found.append(ArmSummary(arm, values, metrics[0].get("num_images", 0)))
+        by_seed: dict[int, list[dict[str, Any]]] = {}
+        for run in runs:
+            if run.arm == arm:
+                by_seed.setdefault(run.seed, []).append(run.metrics)
+        if by_seed:
+            measures = measures_of(next(iter(by_seed.values()))[0])
+            found.append(ArmSummary(arm, {each.key: _a_seed(each.key, by_seed.values()) for each in measures}))
     return found
+
+
+def _a_seed(key: str, by_seed: Iterable[list[dict[str, Any]]]) -> list[float]:
+    """Of every seed the mean over its base models."""
+    values = [[each[key] for each in metrics if each.get(key) is not None] for metrics in by_seed]
+    return [sum(own) / len(own) for own in values if own]
 
 
 def baseline(arms: list[str]) -> str:
@@ -198,16 +213,18 @@ class Pair:
     def named(self, measure: Measure) -> dict[str, Any]:
         return {"a": self.a, "b": self.b, "metric": measure.key,
                 "unit": "share" if measure.is_share else measure.label,
-                "better": "lower" if measure.lower_is_better else "higher", "num_seeds": len(self.ours),
+                "better": "lower" if measure.lower_is_better else "higher", "num_seeds": len(set(self.seeds)),
                 "num_base_models": len({model for model, _ in self.places})}
 
     def check_alike(self) -> None:
         """`UserError` unless both drew the same prompts and were scored alike."""
         first = self.ours[0]
+        if differing := [run for run in self.runs if run.prompts != first.prompts]:
+            raise UserError(f"arms {self.a} and {self.b} did not draw the same prompts ({differing[0].images} and "
+                            f"{first.images}): generate and evaluate both again")
         if any(run.scores.sets != first.scores.sets or run.metrics["headline_sets"] != first.metrics["headline_sets"]
                for run in self.runs):
-            raise UserError(f"arms {self.a} and {self.b} did not draw the same prompts ({len(first.scores.sets)} and "
-                            f"{len(self.theirs[-1].scores.sets)}): generate and evaluate both again")
+            raise UserError(f"arms {self.a} and {self.b} were not scored by the same prompts: evaluate both again")
         wanted = {measure.key for measure in measures_of(first.metrics)} - {FID.key}
         if any(run.scores.columns.keys() != wanted for run in self.runs):
             raise UserError(f"arms {self.a} and {self.b} were not scored by the same metrics "
@@ -230,7 +247,7 @@ def _compare_fids(compared: list[Pair], reference: Statistics, seed: int) -> lis
     if not compared:
         return []
     metrics = compared[0].ours[0].metrics
-    note = why_no_interval(metrics["num_images"], metrics["feature_dim"])
+    note = why_no_interval(metrics["num_images"], reference.n, metrics["feature_dim"])
     fids = _resampled(compared, reference, seed) if note is None else {}
     found = []
     for pair in compared:
@@ -279,7 +296,8 @@ def compare_sets(arms: list[str], runs: Sequence[Run], pairs: Sequence[tuple[str
                 if _any_shared(one, other):
                     found.append({"arm": arm, "a": a, "b": b, "metric": measure.key, "unit": "share",
                                   "better": "higher", "means": _shared_means(one, other),
-                                  "num_seeds": len(own), "num_base_models": len({run.base_model for run in own}),
+                                  "num_seeds": len({run.seed for run in own}),
+                                  "num_base_models": len({run.base_model for run in own}),
                                   **paired_difference(one, other, seed, seeds=[run.seed for run in own])})
     return found
 
@@ -287,9 +305,7 @@ def compare_sets(arms: list[str], runs: Sequence[Run], pairs: Sequence[tuple[str
 def _of_sets(runs: list[Run], measure: Measure, *names: str) -> list[np.ndarray]:
     """Values, (runs, N), over the prompts of each of two sets."""
     known = runs[0].scores.sets
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"report.compare_sets: no prompt set {unknown[0]!r} in generate.prompts: the sets are "
-                        f"{', '.join(dict.fromkeys(known))}")
+    check_sets("report.compare_sets", names, known)
     if len({known.count(name) for name in names}) > 1:
         counts = " and ".join(f"{name} has {known.count(name):,} prompts" for name in names)
         raise UserError(f"report.compare_sets: {counts}: name two forms of the same prompts")

@@ -15,9 +15,9 @@ from eval.clip_score import ClipScorer
 from eval.config import Evaluate
 from eval.features import FeatureNetwork, features, iterate_images, open_network, read_image
 from eval.fid import Statistics, frechet_distance, load, save, statistics
-from eval.generate import PROMPTS_FILE, image_path
+from eval.generate import image_path
 from eval.judge import Judge, judge_images, open_judge
-from eval.prompts import Prompt
+from eval.prompts import PROMPTS_FILE, Prompt
 from eval.scores import Scores, headline_sets
 from recap import progress
 from recap.errors import UserError

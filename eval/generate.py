@@ -9,14 +9,12 @@ from typing import Any
 from PIL import Image
 
 from eval.config import Generate
-from eval.prompts import Prompt, load_prompts
+from eval.prompts import PROMPTS_FILE, Prompt, load_prompts
 from recap import progress
 from recap.config import Model
 from recap.rundir import StageDir
 from recap.shards import write_bytes
 from train_t2i.sample import draw, image_seed, load_pipeline, num_windows, plan
-
-PROMPTS_FILE = "prompts.jsonl"
 
 
 def run(stage: StageDir, pipeline: Model, where: str, config: Generate, arm: str, device: str) -> dict[str, Any]:

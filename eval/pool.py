@@ -9,7 +9,6 @@ import numpy as np
 
 from eval.comparisons import Run, baseline, claim, compare, compare_sets, summarize
 from eval.fid import load
-from eval.generate import PROMPTS_FILE
 from eval.measures import measures_of
 from eval.report import settings
 from eval.verdict import Findings
@@ -125,9 +124,8 @@ def _check_alike(first: Path, other: Path, report: dict[str, Any], others: dict[
 
 
 def _check_pictures(first: Run, runs: list[Run]) -> None:
-    prompts = (first.images / PROMPTS_FILE).read_bytes()
     for run in runs:
-        if (run.images / PROMPTS_FILE).read_bytes() != prompts:
+        if run.prompts != first.prompts:
             raise UserError(f"{run.images} was drawn from other prompts or noise than {first.images}: pool runs of one "
                             "experiment")
         if differing := [key for key in SCORED_BY if run.metrics.get(key) != first.metrics.get(key)]:

@@ -14,6 +14,8 @@ from recap.progress import warn
 from recap.shards import Reject, expand, read_shard
 
 WHERE = "generate.prompts"
+PROMPTS_FILE = "prompts.jsonl"
+"""Beside the pictures that an arm drew: a row for each, what it was drawn from."""
 MAX_ABOUT = 16_384
 """Bytes of JSON that may travel with a prompt."""
 

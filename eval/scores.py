@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,14 @@ def headline_sets(wanted: list[str] | None, known: list[str]) -> list[str]:
     Raises:
         UserError: there is no set of such a name.
     """
-    for name in wanted or []:
+    check_sets("evaluate.sets", wanted or [], known)
+    return [name for name in dict.fromkeys(known) if wanted is None or name in wanted]
+
+
+def check_sets(where: str, wanted: Iterable[str], known: Sequence[str]) -> None:
+    """`UserError` where there is no prompt set of a name that the experiment file gives."""
+    for name in wanted:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the sets are {', '.join(dict.fromkeys(known))}"
-            raise UserError(f"evaluate.sets: no prompt set {name!r} in generate.prompts: {hint}")
-    return [name for name in dict.fromkeys(known) if wanted is None or name in wanted]
+            raise UserError(f"{where}: no prompt set {name!r} in generate.prompts: {hint}")

@@ -22,9 +22,9 @@ def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarr
     """Mean difference a − b over pairs: 95 % interval and sign-flip p-value.
 
     The scores of a prompt are averaged over seeds. The interval is that of resampling prompts with replacement (Efron
-    1979); from `MIN_SEEDS` training seeds on it speaks of other seeds as well, by `crossed_variance`. The p-value
-    flips the signs of the prompts' differences, which under the null hypothesis are symmetric about 0 (Fisher 1935); it
-    counts the observed one among the draws, so it is never 0 (Phipson & Smyth 2010).
+    1979), and the p-value flips the signs of the prompts' differences, which under the null hypothesis are symmetric
+    about 0 (Fisher 1935); it counts the observed one among the draws, so it is never 0 (Phipson & Smyth 2010). From
+    `MIN_SEEDS` training seeds on both speak of other seeds as well, by `crossed_variance` and Student's t.
 
     Args:
         a: scores of arm A, (N,), one a prompt, or (R, N), a row a run; higher is better; NaN where there is none.
@@ -54,12 +54,13 @@ def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarr
     rng = np.random.default_rng(seed)
     over_seeds = len(first) >= MIN_SEEDS and len(differences) > 1 and not np.isnan(of_seeds).all(axis=1).any()
     if over_seeds:
-        low, high = around(observed, *crossed_variance(of_seeds, differences))
+        variance, freedom = crossed_variance(of_seeds, differences)
+        (low, high), p = around(observed, variance, freedom), p_of(observed, variance, freedom)
     else:
         low, high = np.quantile(_bootstrap_means(differences, num_resamples, rng), [ALPHA / 2, 1 - ALPHA / 2])
-    # What differs from the observed only by rounding is as extreme as the observed.
-    as_extreme = np.abs(_flipped_means(differences, num_resamples, rng)) >= abs(observed) * (1 - 1e-9)
-    p = (1 + int(as_extreme.sum())) / (1 + num_resamples)
+        # What differs from the observed only by rounding is as extreme as the observed.
+        as_extreme = np.abs(_flipped_means(differences, num_resamples, rng)) >= abs(observed) * (1 - 1e-9)
+        p = (1 + int(as_extreme.sum())) / (1 + num_resamples)
     return {"difference": observed, "ci": [float(low), float(high)], "p": p, "verdict": verdict_of(low, high, p),
             "num_prompts": int(shared.sum()), "over": "prompts and seeds" if over_seeds else "prompts"}
 
@@ -113,6 +114,13 @@ def around(value: float, variance: float, freedom: float) -> tuple[float, float]
     """The 95 % interval around a value by Student's t."""
     half = float(stats.t.isf(ALPHA / 2, freedom)) * math.sqrt(variance)
     return value - half, value + half
+
+
+def p_of(value: float, variance: float, freedom: float) -> float:
+    """Two-sided, of a value that would be 0, by the same t as `around`."""
+    if not variance:
+        return 1.0 if value == 0 else 0.0
+    return 2 * float(stats.t.sf(abs(value) / math.sqrt(variance), freedom))
 
 
 def mean_over_runs(scores: np.ndarray) -> np.ndarray:

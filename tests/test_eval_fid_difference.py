@@ -38,6 +38,16 @@ def test_intervals_cover_the_true_difference_and_ratio() -> None:
     assert hits >= 53 and ratios >= 53
 
 
+def test_difference_and_ratio_lie_within_their_intervals() -> None:
+    """Where two arms differ in bias: of many images for each feature, and of as few as are taken."""
+    for num in (2 * DIM, 20 * DIM):
+        for trial in range(20):
+            wide, narrow = features(0.5, 2 * trial, num) * 1.4, features(0.5, 2 * trial + 1, num) * 0.6
+            found = difference(wide, narrow, trial)
+            assert found["ci"][0] <= found["difference"] <= found["ci"][1]
+            assert found["ratio"] is None or found["ratio_ci"][0] <= found["ratio"] <= found["ratio_ci"][1]
+
+
 def test_equal_arms_are_rarely_told_apart() -> None:
     verdicts = [difference(features(0.5, 2 * trial), features(0.5, 2 * trial + 1), trial)["verdict"]
                 for trial in range(60)]
@@ -77,11 +87,12 @@ def test_a_seed_on_several_base_models_counts_as_one() -> None:
             for mean, shifts in ((0.5, moved), (0.6, np.zeros(5))))
     alike = fid_difference(a, b, seeds=[*range(5)] * 2)
     apart = fid_difference(a, b)
-    assert alike["difference"] == apart["difference"] and np.ptp(alike["ci"]) > 1.2 * np.ptp(apart["ci"])
+    assert alike["difference"] == pytest.approx(apart["difference"]) and np.ptp(alike["ci"]) > 1.2 * np.ptp(apart["ci"])
     assert fid_difference(a[:4], b[:4], seeds=[0, 1, 0, 1])["over"] == "prompts"
 
 
 def test_where_no_interval_is_given() -> None:
-    assert why_no_interval(2000, 64) is None
-    assert "too long" in str(why_no_interval(50_000, 2048))
-    assert "too few" in str(why_no_interval(100, 64))
+    assert why_no_interval(2000, 4000, 64) is None
+    assert "too long" in str(why_no_interval(50_000, 50_000, 2048))
+    assert "100 images are too few" in str(why_no_interval(100, 4000, 64))
+    assert "200 real images are too few" in str(why_no_interval(2000, 200, 64))
