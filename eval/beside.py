@@ -10,9 +10,10 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from eval.comparisons import summarize
+from eval.judge import METRIC
 from eval.measures import measures_of
 from eval.verdict import Findings
 from recap.errors import UserError
@@ -20,6 +21,7 @@ from recap.shards import identity
 
 WHERE = "report.beside"
 MAX_BYTES = 20_000_000
+MAX_ARMS = 50
 _Text = Annotated[str, Field(max_length=2000)]
 
 
@@ -29,6 +31,18 @@ def _numbers(metrics: Any) -> Any:
         return metrics
     return {key: value for key, value in metrics.items() if key == "judge" or value is None
             or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))}
+
+
+def _few_arms(runs: list["BesideRun"]) -> list["BesideRun"]:
+    if len(arms := {run.arm for run in runs}) > MAX_ARMS:
+        raise ValueError(f"{len(arms):,} arms, and at most {MAX_ARMS} can be shown")
+    return runs
+
+
+def _usual_names(metrics: dict[str, Any]) -> dict[str, Any]:
+    if bad := [measure.key for measure in measures_of(metrics) if not METRIC.fullmatch(measure.key)]:
+        raise ValueError(f"a metric is called {bad[0][:40]!r}, and names are like object_accuracy")
+    return metrics
 
 
 class _Part(BaseModel):
@@ -41,7 +55,7 @@ class BesideRun(_Part):
     seed: int = 0
     base_model: int = 0
     arm: _Text
-    metrics: Annotated[dict[str, Any], BeforeValidator(_numbers)]
+    metrics: Annotated[dict[str, Any], BeforeValidator(_numbers), AfterValidator(_usual_names)]
 
 
 class BesideComparison(_Part):
@@ -53,11 +67,13 @@ class BesideComparison(_Part):
     ratio: FiniteFloat | None = None
     ratio_ci: tuple[FiniteFloat, FiniteFloat] | None = None
     p: FiniteFloat | None = None
-    verdict: _Text = "can't tell"
+    verdict: Literal["better", "worse", "can't tell"] = "can't tell"
+    """No other words: they would be the file's own, in our sentences."""
     note: _Text | None = None
     num_prompts: int | None = None
     num_seeds: int | None = None
     num_base_models: int | None = None
+    over: Literal["prompts", "prompts and seeds"] | None = None
 
 
 class BesideSets(BesideComparison):
@@ -82,7 +98,7 @@ class Beside(_Part):
     command: _Text | None = None
     date: _Text | None = None
     hardware: _Text | None = None
-    runs: list[BesideRun] = Field(min_length=1)
+    runs: Annotated[list[BesideRun], Field(min_length=1), AfterValidator(_few_arms)]
     comparisons: list[BesideComparison] = []
     base_models: list[BesideModel] = []
     set_comparisons: list[BesideSets] = []
@@ -95,9 +111,8 @@ class Beside(_Part):
 
 
 def find_beside(path: str) -> list[Any]:
-    """The identity of the file, for fingerprints; `UserError` where it is not there."""
-    if not Path(path).is_file():
-        raise UserError(f"{WHERE}: no file at {path}: check the path")
+    """The identity of the file, for fingerprints; `UserError` where `read_beside` would give one."""
+    read_beside(path)
     return identity(path)
 
 
@@ -107,7 +122,8 @@ def read_beside(path: str) -> Beside:
     Raises:
         UserError: it is not there, or not of this form; the first thing wrong is named.
     """
-    find_beside(path)
+    if not Path(path).is_file():
+        raise UserError(f"{WHERE}: no file at {path}: check the path")
     if Path(path).stat().st_size > MAX_BYTES:
         raise UserError(f"{WHERE}: {path} is larger than {MAX_BYTES:,} bytes: give a report.json")
     try:

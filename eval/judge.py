@@ -25,7 +25,7 @@ from recap.rundir import folder_identity
 WHERE = "evaluate.judge"
 METRIC = re.compile(r"[a-z][a-z0-9_]{0,39}")
 TAKEN = ("schema", "sets", "fid", "clip_score", "num_images", "num_reference", "clip_truncated", "features",
-         "feature_dim", "clip_model", "judge", "judge_metrics", "headline_sets")
+         "feature_dim", "clip_model", "judge", "headline_sets")
 """Names in scores.json and metrics.json that no judge may use."""
 
 

@@ -32,6 +32,11 @@ class Measure:
         """A difference: `+0.51`, `−3.4`."""
         return signed(100 * value, 1) if self.is_share else signed(value)
 
+    def figures(self, found: dict[str, Any]) -> str:
+        """`+0.51, 95 % interval +0.20 to +0.82` of a comparison."""
+        interval = f"95 % interval {self.interval(found)}" if found["ci"] else self.interval(found)
+        return f"{self.change(found['difference'])}{self.unit}, {interval}"
+
     def interval(self, found: dict[str, Any]) -> str:
         """`+0.20 to +0.82` of a comparison, or why there is none."""
         if not found["ci"]:

@@ -15,16 +15,14 @@ from eval.comparisons import ArmSummary, Run, compare, compare_sets, summarize
 from eval.config import JudgeRef, Report
 from eval.exhibits import captions, grid
 from eval.fid import load
-from eval.judge import METRIC, open_judge
+from eval.judge import open_judge
 from eval.measures import FID, NONE, Measure, measures_of, signed
-from eval.verdict import Findings, arms_table, p_text, verdict
+from eval.verdict import Findings, for_terminal, p_text, verdict
 from recap.errors import UserError
 from recap.rundir import StageDir
 from recap.shards import write_bytes, write_json
 
 SCHEMA = 1
-MAX_ARMS = 50
-"""Of another run that is shown beside this one."""
 MAX_COMPARISONS = 500
 """In a table of the page; `report.json` lists them all."""
 __all__ = ["ReportInput", "Run", "run"]
@@ -66,7 +64,7 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
     """Write `index.html` and `report.json` into the stage's folder.
 
     Returns:
-        For the terminal: `table`, the arms in plain text, and `verdict`, the headline.
+        `summary`, for the terminal.
     """
     if not content.runs:
         raise UserError("the report has no arm to show: give at least one in arms")
@@ -91,7 +89,7 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
         "runs": [{"seed": each.seed, "arm": each.arm, "metrics": each.metrics} for each in content.runs],
         "comparisons": found.comparisons, "set_comparisons": forms, "captions": said, "counts": content.counts,
         "config": content.config, "environment": content.environment})
-    return {"table": arms_table(found), "verdict": headline}
+    return {"summary": for_terminal(found)}
 
 
 def find(content: ReportInput) -> Findings:
@@ -177,6 +175,7 @@ class _Besides:
     pairs: list[dict[str, str]]
     forms: list[dict[str, Any]]
     headline: str
+    sentences: list[str]
     models: list[str]
     """Of each base model, what it alone says, in a sentence."""
     num_seeds: int
@@ -187,16 +186,9 @@ def _beside(path: str | None) -> _Besides | None:
         return None
     about = read_beside(path)
     found = about.findings()
-    if len(found.arms) > MAX_ARMS:
-        raise UserError(f"report.beside: {path} has {len(found.arms):,} arms: at most {MAX_ARMS} can be shown")
-    if bad := [measure.key for measure in found.measures if not METRIC.fullmatch(measure.key)]:
-        raise UserError(f"report.beside: {path} calls a metric {bad[0][:40]!r}: names are like object_accuracy")
-    words = ("better", "worse", "can't tell")  # other words would be the file's own, in our sentences
-    if bad := [each.verdict for each in [*about.comparisons, *about.set_comparisons] if each.verdict not in words]:
-        raise UserError(f"report.beside: {path} has a verdict {bad[0][:40]!r}: it is one of {', '.join(words)}")
     forms = _forms(found, [each.model_dump() for each in about.set_comparisons])
-    return _Besides(about, found, _pairs(found), forms, verdict(found)[0], _by_model(about, found),
-                    len({(run.base_model, run.seed) for run in about.runs}))
+    return _Besides(about, found, _pairs(found), forms, *verdict(found), _by_model(about, found),
+                    len({run.seed for run in about.runs}))
 
 
 def _by_model(about: Beside, found: Findings) -> list[str]:

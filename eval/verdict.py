@@ -1,10 +1,11 @@
-"""What comparisons say: a headline, sentences with their figures, and a table for the terminal."""
+"""What comparisons say: a headline, sentences with their figures, and both with a table for the terminal."""
 
+import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from eval.comparisons import ArmSummary, baseline, claim
+from eval.comparisons import CONTROLS, ArmSummary, baseline, claim
 from eval.measures import FID, Measure, headline_measures
 from eval.statistics import MIN_SEEDS
 
@@ -47,9 +48,12 @@ class Findings:
 def verdict(found: Findings) -> tuple[str, list[str]]:
     """A headline, and sentences that say on what it stands."""
     a, b, lead = claim(found.arms), found.baseline, found.lead
-    result = found.against(a, lead) if a else None
-    if a is None or result is None:
-        return "There is no second arm to compare.", []
+    if a is None:
+        controls = [arm for arm in found.arms if arm in CONTROLS]
+        return f"There is no arm to compare with “{b}”{' but controls' if controls else ''}.", []
+    result = found.against(a, lead)
+    if result is None:
+        return f"No prompt gives both “{a}” and “{b}” a value of {lead.label.lower()}: there is nothing to compare.", []
     headline = f"Pictures of the arm “{a}” match their prompts {result['verdict']} than those of “{b}”"
     if result["verdict"] == "can't tell":
         headline = f"No difference between the arms “{a}” and “{b}” could be shown"
@@ -63,8 +67,8 @@ def verdict(found: Findings) -> tuple[str, list[str]]:
 
 
 def _score_sentence(a: str, b: str, measure: Measure, found: dict[str, Any]) -> str:
-    return (f"{measure.label} of {a} against {b}: {measure.change(found['difference'])}{measure.unit}, 95 % interval "
-            f"{measure.interval(found)}, {p_text(found['p'])}, over {found['num_prompts']:,} prompts.")
+    over = f", over {found['num_prompts']:,} prompts" if found.get("num_prompts") else ""
+    return f"{measure.label} of {a} against {b}: {measure.figures(found)}, {p_text(found['p'])}{over}."
 
 
 def _fid_sentences(a: str, b: str, found: Findings) -> list[str]:
@@ -79,48 +83,57 @@ def _fid_sentences(a: str, b: str, found: Findings) -> list[str]:
         return [f"{sentence}; {result['note']}."]
     ratio = " ({:.2f} to {:.2f})".format(*result["ratio_ci"]) if result.get("ratio_ci") else ""
     ratio = f", ratio {result['ratio']:.2f}{ratio}" if result.get("ratio") is not None else ""
-    return [f"{sentence}; difference {FID.change(result['difference'])}, 95 % interval {FID.interval(result)}{ratio}: "
-            f"{result['verdict']}."]
+    drawn = f"{result['num_prompts']:,}" if result.get("num_prompts") else "so many"
+    return [f"{sentence}; less the bias of an FID over {drawn} pictures, the difference is "
+            f"{FID.figures(result)}{ratio}: {result['verdict']}."]
 
 
 def _disagreement(a: str, found: Findings) -> list[str]:
     results = [(measure, each) for measure in found.headline if (each := found.against(a, measure))]
-    words = {each["verdict"] for measure, each in results if measure is not FID or each["ci"]}
-    if FID not in [measure for measure, each in results if each["ci"]]:  # then its sign must do
-        ours, theirs = found.mean(a, FID), found.mean(found.baseline, FID)
-        if ours is not None and theirs is not None and ours != theirs:
-            words.add("better" if ours < theirs else "worse")
-    return ["The measures disagree."] if {"better", "worse"} <= words else []
+    words = {each["verdict"] for _, each in results}
+    if {"better", "worse"} <= words:
+        return ["The measures disagree."]
+    ours, theirs, fid = found.mean(a, FID), found.mean(found.baseline, FID), found.against(a, FID)
+    if ours is None or theirs is None or (fid and fid["ci"]):
+        return []
+    opposed = ours > theirs if "better" in words else ours < theirs if "worse" in words else False
+    return ["FID, which has no interval here, points the other way."] if opposed else []
 
 
 def _control(a: str, found: Findings) -> list[str]:
     """What arm `shuffled` did: captions of other images must not beat the baseline, by no measure of the headline."""
-    b = found.baseline
     results = [(measure, each) for measure in found.headline if (each := found.against("shuffled", measure))]
     if not results:
         return []
-    beaten = [(measure, each) for measure, each in results if each["verdict"] == "better"]
-    if not beaten:
-        lead, first = results[0]
-        return [f"The control holds: captions of other images (shuffled) do not beat {b} ({lead.label} "
-                f"{lead.change(first['difference'])}{lead.unit}, 95 % interval {lead.interval(first)})."]
-    told = [f"by {measure.label} ({measure.change(each['difference'])}{measure.unit}, 95 % interval "
-            f"{measure.interval(each)})" for measure, each in beaten]
-    than = {"better": "is better than", "worse": "is worse than"}
-    beside = [f"; {a} {than.get(each['verdict'], 'cannot be told from')} shuffled by {measure.label}"
-              for measure, _ in beaten if (each := found.between(a, "shuffled", measure))]
-    return [f"The control fails: captions of other images (shuffled) also beat {b} {' and '.join(told)}, so not all of "
-            f"the difference comes of what captions say{''.join(beside)}."]
+    beaten = [measure for measure, each in results if each["verdict"] == "better"]
+    fate = "holds" if results[0][1]["verdict"] == "worse" else "is not shown to fail"
+    if beaten:
+        fate = f"fails by {' and '.join(each.label for each in beaten)}"
+    told = ", ".join(f"{_than(each)} {found.baseline} by {measure.label} ({measure.figures(each)})"
+                     for measure, each in results)
+    return [f"The control {fate}: captions of other images (shuffled) are {told}.",
+            *(_unearned(a, measure, found) for measure in beaten)]
+
+
+def _unearned(a: str, measure: Measure, found: Findings) -> str:
+    """What it means where captions that say nothing of their images beat the baseline."""
+    each = found.between(a, "shuffled", measure)
+    beside = f"; {a} is {_than(each)} shuffled by it" if each else ""
+    return f"So a better {measure.label} need not come of what captions say{beside}."
+
+
+def _than(result: dict[str, Any]) -> str:
+    return {"better": "better than", "worse": "worse than"}.get(result["verdict"], "not told from")
 
 
 def _seed_sentences(result: dict[str, Any]) -> list[str]:
     num_seeds, num_models = result.get("num_seeds") or 1, result.get("num_base_models") or 1
-    per_model = num_seeds // num_models
-    if per_model < MIN_SEEDS:
-        count = "There is one training seed" if per_model == 1 else "There are two training seeds"
+    if num_seeds < MIN_SEEDS or result.get("over") == "prompts":
+        count = {1: "There is one training seed", 2: "There are two training seeds"}.get(
+            num_seeds, "Some training seeds have no scores")
         return [f"{count}: the interval speaks of these very models, and training anew may move them by more."]
     models = f" on each of {num_models} base models, and of these models only" if num_models > 1 else ""
-    return [f"The intervals speak of other prompts and of training anew, by {per_model} training seeds{models}."]
+    return [f"The intervals speak of other prompts and of training anew, by {num_seeds} training seeds{models}."]
 
 
 def p_text(p: float | None) -> str:
@@ -130,8 +143,13 @@ def p_text(p: float | None) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
-def arms_table(found: Findings) -> str:
-    """The result for a terminal, at most 80 columns."""
+def for_terminal(found: Findings) -> str:
+    """The table, and headline and sentences as a paragraph: at most 80 columns."""
+    headline, sentences = verdict(found)
+    return f"{_arms_table(found)}\n\n{textwrap.fill(' '.join([headline, *sentences]), 79)}"
+
+
+def _arms_table(found: Findings) -> str:
     lead, columns = found.lead, [found.headline[-1], *reversed(found.headline[:-1])]
     widths = [9, 9, 12][:len(columns)]
     names = [f"{measure.label.split()[0][:10]} {measure.arrow}" for measure in columns]

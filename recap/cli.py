@@ -82,8 +82,8 @@ def pool(
 ) -> None:
     """Pool runs, as on several base models, into one result that `report.beside` shows."""
     from eval.pool import pool as write
-    from eval.verdict import arms_table
-    print(arms_table(write(runs, out, title, command)))
+    from eval.verdict import for_terminal
+    print(for_terminal(write(runs, out, title, command)))
 
 
 @app.command()

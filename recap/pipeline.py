@@ -10,11 +10,11 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from eval.beside import find_beside
 from eval.config import Evaluate, Generate, Report
 from eval.judge import find_judge
 from eval.prompts import prompt_inputs, prompt_sets
-from eval.scores import headline_sets
+from eval.scores import check_sets, headline_sets
 from recap import pretrained, progress
 from recap.config import DEFAULT_STYLES, Captioner, Data, Finetune, Model, Name, Relabel, RunName, Stitch, Style, Table
 from recap.errors import UserError
@@ -74,6 +74,9 @@ class Experiment(Table):
 
     @model_validator(mode="after")
     def _check_names(self) -> "Experiment":
+        for name, values in (("arms", self.arms), ("seeds", self.seeds)):
+            if twice := [each for place, each in enumerate(values) if each in values[:place]]:
+                raise ValueError(f"{name}: {twice[0]} is named twice: name it once")
         for arm in self.arms:
             if arm not in self.arm:
                 near = difflib.get_close_matches(arm, self.arm, n=1)
@@ -133,9 +136,8 @@ def run(exp: Experiment, verb: str | None = None, redo: bool = False) -> None:
     with lock(Path(exp.runs) / exp.name):
         for place, stage in enumerate(chosen, 1):
             _do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", redo)
-    if table := (result := chosen[-1].dir.result()).get("table"):
-        verdict = textwrap.fill(result.get("verdict", ""), 79)
-        print(f"\n{table}\n\n{verdict}\n\nThe report: {chosen[-1].path / 'index.html'}")
+    if summary := chosen[-1].dir.result().get("summary"):
+        print(f"\n{summary}\n\nThe report: {chosen[-1].path / 'index.html'}")
 
 
 def _do(stage: Stage, label: str, redo: bool) -> None:
@@ -309,13 +311,14 @@ class Plan:
                 seconds={_label(exp, stage): stage.dir.result()["seconds"] for stage in _upstream(evaluates)},
             ), exp.report
 
-        evaluates = [stage for *_, stage in scored]
+        def reads() -> dict[str, Any]:
+            check_sets("report.compare_sets", chain(*exp.report.compare_sets), prompt_sets(exp.generate))
+            return {"report": exp.report, "evaluate": [evaluate.dir.fingerprint for evaluate in evaluates],
+                    "relabel": relabel.dir.fingerprint if relabel else None,
+                    "beside": find_beside(exp.report.beside) if exp.report.beside else None}
 
-        return self._stage("report", "report", "eval.report:run", evaluates, lambda: {
-            "report": exp.report, "evaluate": [evaluate.dir.fingerprint for evaluate in evaluates],
-            "relabel": relabel.dir.fingerprint if relabel else None,
-            "beside": find_beside(exp.report.beside) if exp.report.beside else None,
-        }, content)
+        evaluates = [stage for *_, stage in scored]
+        return self._stage("report", "report", "eval.report:run", evaluates, reads, content)
 
     def _stage(self, verb: str, folder: str, target: str, needs: Iterable[Stage | None],
                reads: Callable[[], dict[str, Any]], arguments: Callable[[], tuple[Any, ...]]) -> Stage:

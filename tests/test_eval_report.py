@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,6 +36,16 @@ HOSTILE = [PAYLOAD, "مرحبا بالعالم\u202egnp.exe", "👩‍👩‍�
            "{{ 7 * 7 }} {% raw %}", "'\"></div><!--", ""]
 ARMS = ["base", "alt", "mix", "shuffled"]
 NUM_PROMPTS = 40
+
+
+@dataclass(frozen=True)
+class Scripted:
+    """A scored arm of which no more than its figures is there."""
+
+    arm: str
+    metrics: dict[str, Any]
+    seed: int = 0
+    base_model: int = 0
 
 
 def png(seed: int, size: int = 32) -> Image.Image:
@@ -125,14 +137,14 @@ class Page(HTMLParser):
 def test_hostile_text_stays_text(report: Path) -> None:
     html = (report / "index.html").read_text(encoding="utf-8")
     page = Page(html)
-    assert not {tag for tag, _ in page.elements} & {"script", "iframe", "object", "embed", "link", "i>", "b>"}
+    assert not {tag for tag, _ in page.elements} & {"script", "iframe", "object", "embed", "link"}
     assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
     assert {attrs["src"][:11] for tag, attrs in page.elements if tag == "img"} <= {"data:image/"}  # type: ignore[index]
     text = " ".join(page.text)
     for each in HOSTILE[:3]:
         assert each.strip()[:200] in text
     assert "{{ 7 * 7 }}" in text and "49" not in [part.strip() for part in page.text]
-    assert "timm <b>net</b>" in text and PAYLOAD in text
+    assert "timm <b>net</b>" in text and PAYLOAD in text and "0000<i>" in text
     assert all(attrs.get("dir") == "auto" for tag, attrs in page.elements if attrs.get("class") == "text")
 
 
@@ -174,28 +186,77 @@ def test_report_json(report: Path, content: ReportInput) -> None:
 
 def test_the_words_fit_the_numbers(report: Path, content: ReportInput, tmp_path: Path) -> None:
     html = (report / "index.html").read_text(encoding="utf-8")
-    assert "“mix” match their prompts better than those of “alt”" in html and "The control holds" in html
+    assert "“mix” match their prompts better than those of “alt”" in html and "The control is not shown to fail" in html
     assert "over 40 prompts" in html
     assert "2.2 h" in html and "train 2.2 h" in html and "one training seed" not in html
     alone = ReportInput(name="x", config={}, arms=["alt"], styles=[], runs=content.runs[1:2], relabelled=[])
     run(StageDir(tmp_path / "alone", {}), alone, Report())
-    assert "There is no second arm to compare." in (tmp_path / "alone" / "index.html").read_text(encoding="utf-8")
+    assert "There is no arm to compare with “alt”." in (tmp_path / "alone" / "index.html").read_text(encoding="utf-8")
+
+
+def findings(arms: list[str], **comparisons: tuple[str, str, float, float, float]) -> Findings:
+    """Of arms a, b and a measure: difference, low and high; all FIDs are 20 but that of mix, 30."""
+    runs = [Scripted(arm, {"fid": 30.0 if arm == "mix" else 20.0, "clip_score": 20.0}) for arm in arms]
+    measures = {each.key: each for each in measures_of(runs[0].metrics)}
+    found = []
+    for a, key, difference, low, high in comparisons.values():
+        good = "better" if (difference < 0) == measures[key].lower_is_better else "worse"
+        found.append({"a": a, "b": "alt", "metric": key, "difference": difference, "p": 0.01, "num_seeds": 3,
+                      "ci": [low, high] if high > low else None, "note": "no interval: too few",
+                      "verdict": "can't tell" if low <= 0 <= high else good})
+    return Findings(arms, list(measures.values()), summarize(arms, runs), found)
+
+
+@pytest.mark.parametrize(("score", "fid", "words"), [
+    ((-4, -5, -3), (1, 0.5, 2), "The control holds: captions of other images (shuffled) are worse than alt by CLIP "
+                                "score (−4.00, 95 % interval −5.00 to −3.00), worse than alt by FID (+1.00"),
+    ((-4, -5, -3), (-9, -10, -8), "The control fails by FID: captions of other images (shuffled) are worse than alt by "
+                                  "CLIP score (−4.00, 95 % interval −5.00 to −3.00), better than alt by FID (−9.00"),
+    ((3, 2, 4), (-9, -10, -8), "The control fails by CLIP score and FID"),
+    ((4, -0.1, 8.1), (-3, 0, 0), "The control is not shown to fail: captions of other images (shuffled) are not told "
+                                 "from alt by CLIP score (+4.00, 95 % interval −0.10 to +8.10), not told from alt by "
+                                 "FID (−3.00, no interval: too few)."),
+])
+def test_what_the_control_did(score: tuple[float, float, float], fid: tuple[float, float, float], words: str) -> None:
+    found = findings(["alt", "mix", "shuffled"], mix=("mix", "clip_score", 5, 4, 6),
+                     score=("shuffled", "clip_score", *score), fid=("shuffled", "fid", *fid))
+    said = " ".join(verdict(found)[1])
+    assert words in said
+    assert ("So a better FID need not come of what captions say." in said) == ("by FID:" in words or "and FID" in words)
+
+
+def test_measures_that_disagree() -> None:
+    arms = ["alt", "mix"]
+    assert "The measures disagree." in verdict(findings(
+        arms, a=("mix", "clip_score", 5, 4, 6), b=("mix", "fid", 10, 9, 11)))[1]
+    without = verdict(findings(arms, a=("mix", "clip_score", 5, 4, 6), b=("mix", "fid", 10, 0, 0)))[1]
+    assert "FID, which has no interval here, points the other way." in without
+    assert "The measures disagree." not in without
+    agreeing = verdict(findings(arms, a=("mix", "clip_score", -5, -6, -4), b=("mix", "fid", 10, 0, 0)))[1]
+    assert not [each for each in agreeing if "disagree" in each or "other way" in each]
+
+
+def test_without_an_arm_to_compare() -> None:
+    assert verdict(findings(["base", "alt"]))[0] == "There is no arm to compare with “alt” but controls."
+    assert "No prompt gives both “mix” and “alt” a value of clip score" in verdict(findings(["alt", "mix"]))[0]
 
 
 def test_a_failing_control_and_disagreeing_measures_are_said(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, 0, "alt"), make_run(tmp_path, 0, "mix", 1.0), make_run(tmp_path, 0, "shuffled", 1.0)]
-    runs[1].metrics["fid"] = 50.0
+    runs[1].metrics["fid"] = 50.0  # without an interval
     given = ReportInput(name="x", config={}, arms=["alt", "mix", "shuffled"], styles=[], runs=runs, relabelled=[])
     run(StageDir(tmp_path / "report", {}), given, Report(num_prompts=1))
     html = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
-    assert "The control fails" in html and "The measures disagree." in html and "one training seed" in html
+    assert "The control fails" in html and "FID, which has no interval here, points the other way." in html
+    assert "one training seed" in html
 
 
 def test_the_table_fits_a_terminal(content: ReportInput, tmp_path: Path) -> None:
     found = run(StageDir(tmp_path, {}), content, Report(num_prompts=0, num_captions=0))
-    assert found["verdict"] == "Pictures of the arm “mix” match their prompts better than those of “alt”."
-    lines = found["table"].splitlines()
-    assert len(lines) == 5 and max(map(len, lines)) <= 80
+    lines = found["summary"].splitlines()
+    assert len(lines) > 5 and max(map(len, lines)) <= 80 and lines[5] == ""
+    assert lines[6].startswith("Pictures of the arm “mix” match their prompts better than those of “alt”. ")
+    assert "two training seeds: the interval speaks of these very models" in " ".join(lines[6:])
     assert re.search(r"^mix +35\.00 +\d+\.\d\d +\+\d\.\d\d \[\+\d\.\d\d, \+\d\.\d\d\] better$", lines[3])
 
 
@@ -234,7 +295,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("judged")
     effects = {"alt": 0.0, "mix": 1.0}
     runs = [make_run(root, seed, arm, effect, 60, judged=True) for seed in (0, 1, 2) for arm, effect in effects.items()]
-    save(root / "reference.npz", Statistics(np.full(4, -1.0), np.eye(4), 500), {"features": "x"})
+    save(root / "reference.npz", Statistics(np.full(4, -2.0), np.eye(4), 500), {"features": "x"})
     beside = {"schema": 1, "title": f"At length {PAYLOAD}", "command": "recap run <here>", "date": "2026-01-31",
               "hardware": "one GPU", "extra": 1,
               "runs": [{"seed": seed, "arm": arm, "metrics": each.metrics} for seed, arm, each in
@@ -321,9 +382,9 @@ def test_runs_are_pooled_into_a_result_that_can_be_shown(tmp_path: Path, content
     folders = [finished(tmp_path / name, f"models/{name}") for name in ("a", "b")]
     found = pool(folders, tmp_path / "all.json", "All of it", "recap run …")
     assert {each.arm: len(each.values["fid"]) for each in found.summaries} == {
-        "base": 2, "alt": 6, "mix": 6, "oracle": 6}
+        "base": 1, "alt": 3, "mix": 3, "oracle": 3}  # one of every seed, the mean over base models
     assert len(found.comparisons) == 6 * 3  # every two arms by three measures
-    assert all((each["num_seeds"], each["num_base_models"], each["over"]) == (6, 2, "prompts and seeds")
+    assert all((each["num_seeds"], each["num_base_models"], each["over"]) == (3, 2, "prompts and seeds")
                for each in found.comparisons)
     kept = read_beside(str(tmp_path / "all.json"))
     assert [each.difference for each in kept.comparisons] == pytest.approx(
@@ -332,11 +393,13 @@ def test_runs_are_pooled_into_a_result_that_can_be_shown(tmp_path: Path, content
     assert (kept.findings().against("mix", found.lead) or {})["verdict"] == "better"
     run(StageDir(tmp_path / "report", {}), content, Report(beside=str(tmp_path / "all.json"), num_prompts=0))
     html = (tmp_path / "report/index.html").read_text(encoding="utf-8")
-    assert "On a alone: All right" in html and "of 6 training seeds, on 2 base models" in html
+    assert "On a alone: All right" in html and "of 3 training seeds on each of 2 base models" in html
+    assert html.count("by 3 training seeds on each of 2 base models, and of these models only") == 1
 
 
 def test_an_arm_that_is_not_trained_stands_beside_every_seed(tmp_path: Path) -> None:
-    runs = [Run(each["seed"], each["arm"], tmp_path / "a", tmp_path / f"a/seed-{each['seed']}/eval/{each['arm']}")
+    runs = [Run(each["seed"], each["arm"], *(tmp_path / f"a/seed-{each['seed']}/{stage}/{each['arm']}"
+                                             for stage in ("generate", "eval")))
             for each in json.loads((finished(tmp_path / "a", "m") / "report/report.json").read_bytes())["runs"]]
     found = Findings(list(EFFECTS), measures_of(runs[0].metrics), summarize(list(EFFECTS), runs),
                      compare(list(EFFECTS), runs))
@@ -366,6 +429,9 @@ def test_what_has_changed_since_the_report_is_not_pooled(tmp_path: Path) -> None
     prompts.write_bytes(before.replace(b" 3", b" 4"))
     with pytest.raises(UserError, match="other prompts or noise"):
         pool([a, b], tmp_path / "all.json", "", "")
+    prompts.unlink()
+    with pytest.raises(UserError, match=r"no readable prompts\.jsonl"):
+        pool([a, b], tmp_path / "all.json", "", "")
     prompts.write_bytes(before)
     report = b / "report/report.json"
     whole = report.read_text()
@@ -382,20 +448,13 @@ def test_what_has_changed_since_the_report_is_not_pooled(tmp_path: Path) -> None
         pool([a, b], tmp_path / "all.json", "", "")
 
 
-def test_a_control_that_beats_the_baseline_by_fid_alone_fails(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path, 0, "alt", 0.0), make_run(tmp_path, 0, "mix", 0.2), make_run(tmp_path, 0, "shuffled")]
-    compared = compare(["alt", "mix", "shuffled"], runs)
-    fid = {"a": "shuffled", "b": "alt", "metric": "fid", "difference": -3.0, "ci": [-4.0, -2.0], "p": 0.001,
-           "verdict": "better", "num_prompts": 40}
-    arms = ["alt", "mix", "shuffled"]
-    found = Findings(arms, measures_of(runs[0].metrics), summarize(arms, runs), [*compared, fid])
-    assert any("The control fails" in each and "by FID (−3.00, 95 % interval −4.00 to −2.00)" in each
-               for each in verdict(found)[1])
-
-
 @pytest.mark.parametrize(("text", "message"), [
     ("{", "is not the result of a run"), ('{"schema": 2, "runs": []}', "schema"), ("[]", "is not the result"),
     ('{"schema": 1, "runs": [{"arm": "alt"}]}', "metrics"),
+    ('{"schema": 1, "runs": [{"arm": "alt", "metrics": {"judge": {"metrics": {"<b>": ""}}}}]}', "names are like"),
+    (json.dumps({"schema": 1, "runs": [{"arm": f"a{i}", "metrics": {}} for i in range(51)]}), "51 arms"),
+    ('{"schema": 1, "runs": [{"arm": "alt", "metrics": {}}], "comparisons": [{"a": "mix", "b": "alt", "metric": "fid", '
+     '"difference": 1, "verdict": "best"}]}', "verdict"),
 ])
 def test_what_is_no_result_is_refused(text: str, message: str, tmp_path: Path, content: ReportInput) -> None:
     (tmp_path / "beside.json").write_text(text)

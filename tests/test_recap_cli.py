@@ -46,6 +46,7 @@ def test_help_fits_80_columns(arguments: list[str]) -> None:
      "captioner.model: no folder someone/not-cached"),
     (["train", "-c", TINY, "train.shards={shard}", 'arms=["rich"]', "train.model={models}/stable-diffusion-0"],
      "no_rich_caption"),
+    (["pool", "{models}", "--out", "all.json", "--title", "", "--command", ""], "no finished run in {models}"),
     (["generate", "-c", TINY, "generate.prompts={shard}", 'arms=["base"]', "train.model=someone/not-cached"],
      "train.model: no folder someone/not-cached"),
 ])
@@ -53,6 +54,7 @@ def test_what_a_user_can_mend_is_one_line_and_status_2(arguments: list[str], exp
                                                        world_shards: Path, world_models: Path) -> None:
     shard = world_shards / "evaluation" / "00000.tar"
     done = recap(*[a.format(shard=shard, models=world_models) for a in arguments], cwd=tmp_path)
+    expected = expected.format(models=world_models)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("recap: ") and expected in last
     assert "Traceback" not in done.stderr

@@ -47,6 +47,8 @@ def test_the_file_overrides_defaults_and_the_command_line_the_file(tmp_path: Pat
     ("", ("train.lr=fast",), "train.lr: Input should be a valid number"),
     ("", ("train.steps=0",), "train.steps: Input should be greater than or equal to 1"),
     ("", ('arms=["mixx"]',), "arms: no arm 'mixx': did you mean mix?"),
+    ("", ('arms=["alt", "mix", "alt"]',), "arms: alt is named twice: name it once"),
+    ("", ("seeds=[0, 1, 1]",), "seeds: 1 is named twice: name it once"),
     ("", ('relabel.mix={huge=1}',), "relabel.mix: no style 'huge': the styles are short, long, rich"),
     ("", ("name=../up",), "name: String should match pattern"),
     ("", ("train",), "'train' is not an override: write table.key=value"),

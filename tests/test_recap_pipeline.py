@@ -251,9 +251,10 @@ def test_headline_sets_and_judge_are_of_the_evaluation(tmp_path: Path) -> None:
 
 def test_a_result_beside_is_of_the_report(tmp_path: Path) -> None:
     beside = {"beside": str(tmp_path / "other.json")}
-    (tmp_path / "other.json").write_text("{}")
+    result = {"schema": 1, "runs": [{"arm": "alt", "metrics": {}}]}
+    (tmp_path / "other.json").write_text(json.dumps(result))
     before = fingerprints(plan(tmp_path, report=beside))
-    (tmp_path / "other.json").write_text('{"schema": 1}')
+    (tmp_path / "other.json").write_text(json.dumps(result | {"title": "Another"}))
     assert changed(before, plan(tmp_path, report=beside)) == {"report"}
 
 
@@ -263,11 +264,13 @@ def test_a_result_beside_is_of_the_report(tmp_path: Path) -> None:
     ({"evaluate": {"judge": {"target": "json:JSONDecoder", "model": "no-such"}}}, "evaluate.judge.model: no folder at"),
     ({"generate": {"prompts": ["{folder}/prompts/seen.jsonl", "{folder}/seen.txt"]}}, "rename one of them"),
     ({"report": {"beside": "no-such.json"}}, "report.beside: no file at no-such.json"),
+    ({"report": {"beside": "{folder}/beside.json"}}, "is not the result of a run"),
+    ({"report": {"compare_sets": [["seen", "sene"]]}}, "report.compare_sets: no prompt set 'sene'"),
 ])
 def test_what_later_stages_miss_is_said_before_the_first(tmp_path: Path, tables: dict[str, Any], says: str) -> None:
     (tmp_path / "seen.txt").write_text("a cat\n")
-    if "generate" in tables:
-        tables = {"generate": {"prompts": [path.format(folder=tmp_path) for path in tables["generate"]["prompts"]]}}
+    (tmp_path / "beside.json").write_text("{}")
+    tables = json.loads(json.dumps(tables).replace("{folder}", str(tmp_path)))
     with pytest.raises(UserError) as caught:
         fingerprints(plan(tmp_path, **tables))
     assert says in str(caught.value) and "\n" not in str(caught.value)
