@@ -1,10 +1,11 @@
 """Words read back: what a caption or a prompt says of a scene, and how much of it is true.
 
 Reads the world's own texts, and whatever a stitcher or a captioner makes of its words: shapes brought in by `a`, a
-number or no article at all, with colour, size and place. `the` speaks of a shape again: that is no fact anew, but wrong
-where there is no such shape, as is a relation (`the red ring is below the bar`) that does not hold. The words for
-backgrounds are none of those for shapes, so they count wherever they stand. Places are the world's six; what is quoted
-is nobody's statement.
+number or no article at all, with colour, size and place; a place too many is wrong. `the` speaks of a shape again: that
+is no fact anew, but wrong where there is no such shape, as is a relation (`the red ring is below the bar`) that does
+not hold; put otherwise (`below the bar lies the ring`) relations are passed over. The words for backgrounds are none of
+those for shapes, so they count wherever they stand. Places are the world's six; others (`on the right`) are passed
+over. What is quoted is nobody's statement.
 """
 
 import re
@@ -12,6 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from typing import Any
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from recap.world.scene import BACKGROUNDS, COLOURS, KINDS, PATTERNS, PLACES
 
@@ -54,6 +58,8 @@ class Stated:
 
     things: tuple[Thing, ...]
     """Brought in, a shape each."""
+    num_surplus: int
+    """Places said of them beyond one for each."""
     again: tuple[Thing, ...]
     """Spoken of again."""
     relations: tuple[tuple[Thing, str, Thing], ...]
@@ -75,10 +81,12 @@ def read(text: str) -> Stated:
     """What a text says of a scene."""
     text = QUOTED.sub(" ", text[:MAX_CHARACTERS].lower())
     clauses = re.split(r"[.;]", text)
-    things = tuple(thing for clause in clauses for thing in _things(clause))
+    found = [(match, places) for clause in clauses for match, places in _shapes(clause) if match["count"] != "the"]
+    things = tuple(thing for match, places in found for thing in _expanded(match, places))
+    num_surplus = sum(max(0, len(places) - _number(match)) for match, places in found)
     again = tuple(_thing(match) for match in SHAPE.finditer(text) if match["count"] == "the")
     relations = tuple(relation for clause in clauses for relation in _relations(clause))
-    return Stated(things, again, relations, tuple(dict.fromkeys(BACKGROUND.findall(text))),
+    return Stated(things, num_surplus, again, relations, tuple(dict.fromkeys(BACKGROUND.findall(text))),
                   tuple(dict.fromkeys(PATTERN.findall(text))))
 
 
@@ -95,8 +103,11 @@ def _relations(clause: str) -> Iterator[tuple[Thing, str, Thing]]:
             yield _thing(first), between[1], _thing(second)
 
 
-def _things(clause: str) -> Iterator[Thing]:
-    """The shapes of a clause. Places follow the shapes, unless the clause opens with one: then they come before."""
+def _shapes(clause: str) -> Iterator[tuple[re.Match[str], list[str]]]:
+    """The shapes of a clause, and the places said of each.
+
+    Places follow the shapes, unless the clause opens with one: then they come before.
+    """
     found = list(SHAPE.finditer(clause))
     if not found:
         return
@@ -107,17 +118,18 @@ def _things(clause: str) -> Iterator[Thing]:
             between = clause[edges[index - 1] if index else 0:match.start()]
         else:
             between = clause[match.end():found[index + 1].start() if index + 1 < len(found) else len(clause)]
-        yield from _expanded(match, PLACE.findall(between))
+        yield match, PLACE.findall(between)
 
 
 def _expanded(match: re.Match[str], places: list[str]) -> Iterator[Thing]:
     """`two red circles at the top left and at the bottom`: two things, each in its place."""
-    count = match["count"]
-    if count == "the":
-        return
-    number = COUNT_WORDS.get(count or "one", 1)
+    number = _number(match)
     for _, place in zip_longest(range(number), places[:number]):
         yield _thing(match, place)
+
+
+def _number(match: re.Match[str]) -> int:
+    return COUNT_WORDS[match["count"] or "one"]
 
 
 # --- true or not ---------------------------------------------------------------------------------------------------
@@ -140,27 +152,20 @@ class Truth:
 def compare(stated: Stated, scene: Mapping[str, Any]) -> Truth:
     """Hold a text against a scene's metadata (see `Scene.metadata`).
 
-    A thing that is not there is wrong in all that is said of it. Things are paired with shapes so that most is true:
-    the surest first, those that match in colour and kind, and then in place and size.
+    A thing is a shape of its kind, and of its colour where that is said. Of all ways to pair things with shapes, the
+    one counts by which most is true; a thing without a shape is wrong in all that is said of it.
     """
-    shapes = list(scene["objects"])
-    covered = wrong = 0
-    for thing in _surest_first(stated.things, shapes):
-        found = max(shapes, key=lambda shape: _agreement(thing, shape), default=None)
-        if found is None or _agreement(thing, found) < 1:
-            wrong += thing.num_facts
-            continue
-        shapes.remove(found)
-        right = 1 + (thing.colour is not None) + (thing.size == found["size"]) + (thing.place == found["place"])
-        covered += right
-        wrong += thing.num_facts - right
+    shapes = scene["objects"]
+    right = np.array([[_num_right(thing, shape) for shape in shapes] for thing in stated.things])
+    covered = int(right[linear_sum_assignment(right, maximize=True)].sum()) if right.size else 0
+    wrong = sum(thing.num_facts for thing in stated.things) - covered + stated.num_surplus
     for said, true in ((stated.backgrounds, scene["background"]["colour"]),
                        (stated.patterns, scene["background"]["pattern"])):
         covered += true in said
         wrong += len(set(said) - {true})
-    wrong += sum(not any(_agreement(thing, shape) for shape in scene["objects"]) for thing in stated.again)
-    wrong += sum(not _holds(relation, scene["objects"]) for relation in stated.relations)
-    return Truth(covered, wrong, 4 * len(scene["objects"]) + 2)
+    wrong += sum(not any(_may_be(thing, shape) for shape in shapes) for thing in stated.again)
+    wrong += sum(not _holds(relation, shapes) for relation in stated.relations)
+    return Truth(covered, wrong, 4 * len(shapes) + 2)
 
 
 def _holds(relation: tuple[Thing, str, Thing], shapes: list[Mapping[str, Any]]) -> bool:
@@ -169,16 +174,16 @@ def _holds(relation: tuple[Thing, str, Thing], shapes: list[Mapping[str, Any]]) 
     if name not in RELATIONS:
         return False
     axis, way = RELATIONS[name]
-    meant = [[PLACES[shape["place"]] for shape in shapes if _agreement(thing, shape)] for thing in (first, second)]
+    meant = [[PLACES[shape["place"]] for shape in shapes if _may_be(thing, shape)] for thing in (first, second)]
     return not all(meant) or any(way * (here[axis] - there[axis]) > 0 for here in meant[0] for there in meant[1])
 
 
-def _surest_first(things: tuple[Thing, ...], shapes: list[Mapping[str, Any]]) -> list[Thing]:
-    return sorted(things, key=lambda thing: -max((_agreement(thing, shape) for shape in shapes), default=0))
+def _may_be(thing: Thing, shape: Mapping[str, Any]) -> bool:
+    return thing.kind == shape["kind"] and thing.colour in (None, shape["colour"])
 
 
-def _agreement(thing: Thing, shape: Mapping[str, Any]) -> float:
-    """0 where it is another thing; else from 1 up, more for the same place, and a little more for the same size."""
-    if thing.kind != shape["kind"] or thing.colour not in (None, shape["colour"]):
+def _num_right(thing: Thing, shape: Mapping[str, Any]) -> int:
+    """Of what is said of a thing, how much is true of a shape; 0 where it is another thing."""
+    if not _may_be(thing, shape):
         return 0
-    return 1 + 2 * (thing.place == shape["place"]) + (thing.size == shape["size"])
+    return 1 + (thing.colour is not None) + (thing.size == shape["size"]) + (thing.place == shape["place"])

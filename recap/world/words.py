@@ -1,7 +1,7 @@
 """What is said of a drawn scene: alt-text as bad as the web's, exact descriptions, and references as people write them.
 
 Nothing here shares a sentence with the template that stitches captions: a model must not score by having learnt it.
-`recap.world.facts` reads all of it back.
+`recap.world.facts` reads all of it back but `describe_at_length`, which only a language model learns from.
 """
 
 from random import Random
