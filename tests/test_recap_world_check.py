@@ -10,14 +10,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from recap.errors import UserError
-from recap.rundir import hash_files
+from recap.rundir import StageDir, hash_files
 from recap.sample import Sample
 from recap.shards import ShardWriter, read_shard
-from recap.world.base import SHIPPED
+from recap.world import base
 from recap.world.check import BY_EYE
 from recap.world.cli import app
 from recap.world.draw import draw
-from recap.world.init import init
+from recap.world.init import init, init_untrained
 from recap.world.reader import WEIGHTS, Reader
 
 
@@ -60,7 +60,21 @@ def test_all_gates_hold_of_what_is_shipped(world: Path) -> None:
     assert "relabelled long captions: facts stated" in gates[4] and " 1.000 ≥ 0.700" in gates[4]
 
 
-def test_captions_of_other_images_and_a_blurred_vae_fail(world: Path, tmp_path: Path) -> None:
+def test_what_is_shipped_was_trained_with_todays_settings_and_is_no_larger_than_agreed() -> None:
+    for part in base.PARTS:
+        record = json.loads((base.SHIPPED / part / "done.json").read_bytes())
+        assert record["fingerprint"] == StageDir(base.SHIPPED, base._reads(part)).fingerprint, f"train {part} again"
+    assert sum(path.stat().st_size for path in base.SHIPPED.rglob("*") if path.is_file()) < 40e6
+
+
+def test_untrained_models_fail(world: Path, tmp_path: Path) -> None:
+    init_untrained(tmp_path / "models", 32, 0)
+    status, gates = check(world, models=str(tmp_path / "models"))
+    assert status == 1
+    assert [gate[:4] for gate in gates[:4]] == ["FAIL"] * 4, gates
+
+
+def test_captions_of_other_images_and_a_vae_too_far_from_them_fail(world: Path, tmp_path: Path) -> None:
     relabelled(tmp_path / "run", [sample.caption("exact") or "" for sample in train(world)[::-1]], world)
     (tmp_path / "claim.json").write_text((world / "claim.json").read_text().replace("500.0", "0.5"))
     status, gates = check(world, run=str(tmp_path / "run"), claim=str(tmp_path / "claim.json"))
@@ -68,9 +82,9 @@ def test_captions_of_other_images_and_a_blurred_vae_fail(world: Path, tmp_path: 
     assert [gate[:4] for gate in gates] == ["ok  ", "ok  ", "ok  ", "ok  ", "FAIL", "FAIL", "FAIL"]
 
 
-def test_the_reader_that_is_shipped_was_judged_by_eye() -> None:
+def test_the_reader_that_is_shipped_was_judged_by_eye(world: Path) -> None:
     judged = json.loads((BY_EYE / "judged.json").read_bytes())
-    assert judged["reader"] == hash_files(SHIPPED / "reader"), "draw a sheet and judge it anew"
+    assert judged["reader"] == hash_files(world / "models/reader"), "draw a sheet and judge it anew"
     numbers = [wrong["picture"] for wrong in judged["wrong"]] + judged["undecided"]["pictures"]
     assert judged["pictures"] == 100 and set(numbers) <= set(range(1, 101))
     with Image.open(BY_EYE / "sheet.png") as page:
@@ -79,9 +93,12 @@ def test_the_reader_that_is_shipped_was_judged_by_eye() -> None:
 
 @pytest.mark.parametrize(("paths", "message"), [
     ({"shards": "none"}, "recap world draw"), ({"run": "none"}, "recap relabel"),
-    ({"claim": "none"}, "no FID of an arm"),
+    ({"claim": "none"}, "no FID of an arm"), ({"run": "other"}, "says nothing of its scene"),
 ])
 def test_what_is_missing_is_named(world: Path, paths: dict[str, str], message: str) -> None:
+    with ShardWriter(str(world / "other/relabel/00000.tar")) as writer:
+        writer.write(replace(train(world)[0], members={"png": train(world)[0].members["png"], "json": b"{}"}))
+    (world / "other/relabel/done.json").write_text("{}")
     with pytest.raises(UserError, match=message):
         check(world, **paths)
 
@@ -110,3 +127,9 @@ def test_a_sheet_shows_pictures_from_all_over_a_folder(world: Path, tmp_path: Pa
     assert sheet(tmp_path, 100).height == 2 * 216  # all twenty
     with pytest.raises(UserError, match="no picture to show"):
         sheet(tmp_path / "none", 10)
+    (tmp_path / "00000.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="is no picture"):
+        sheet(tmp_path, 10)
+    for out in ("sheet", str(tmp_path / "none" / "sheet.png")):
+        with pytest.raises(UserError, match="cannot write"):
+            raise CliRunner().invoke(app, ["sheet", str(tmp_path), out]).exception or AssertionError

@@ -13,6 +13,7 @@ from PIL import Image
 from recap.captioners import open_captioner
 from recap.config import Captioner, Style
 from recap.errors import UserError
+from recap.rundir import hash_files
 from recap.sample import Sample
 from recap.shards import expand, read_shard
 from recap.world.base.detr import expert_facts
@@ -66,42 +67,37 @@ def check(models: Path, shards: Path, run: Path, claim: Path, fid: Fid) -> list[
 
 
 def _gates(models: Path, shards: Path, run: Path, claim: Path, fid: Fid) -> Iterator[Gate]:
+    alt_fid, num_drawn = _alt_fid(claim)  # what is missing is said now, not after minutes of measuring
+    if not (run / "relabel" / "done.json").is_file():
+        raise UserError(f"no relabelled shards in {run}: run `recap relabel` there first, or give --run")
     samples = _samples(shards / "evaluation")
+    captioned = _samples(run / "relabel")
     pictures = [sample.image() for sample in samples]
     scenes = [_scene(sample) for sample in samples]
     reader = Reader.open(models / "reader", "cpu")
     yield Gate("reader: drawings with all objects right", _all_right(reader, pictures, scenes), 0.97)
-    print(f"     {_by_eye()}")
+    print(f"     {_by_eye(models / 'reader')}")
     rebuilt = reconstructions(models / "vae", pictures)
     yield Gate("VAE: reconstructions with all objects right", _all_right(reader, rebuilt, scenes), 0.90)
     expert = _total(compare(read(said), scene)
                     for said, scene in zip(expert_facts(models / "detr", pictures), scenes, strict=True))
     yield from _stated("expert", expert, 0.80, 0.95)
-    yield from _captions(models, shards, run)
-    yield from _vae_fid(rebuilt, shards, claim, fid)
-
-
-def _by_eye() -> str:
-    """What the eye found; shapes that are drawn between two kinds or colours do not count."""
-    judged = json.loads((BY_EYE / "judged.json").read_bytes())
-    clear = judged["shapes"] - judged["undecided"]["shapes"]
-    return f"by eye: of {clear} clear shapes in {judged['pictures']} generated pictures {len(judged['wrong'])} misread"
-
-
-def _captions(models: Path, shards: Path, run: Path) -> Iterator[Gate]:
-    if not (run / "relabel" / "done.json").is_file():
-        raise UserError(f"no relabelled shards in {run}: run `recap relabel` there first, or give --run")
-    yield from _stated("relabelled long captions", _total(_captioned(_samples(run / "relabel"), "long")), 0.70, 0.85)
+    yield from _stated("relabelled long captions", _total(_captioned(captioned, "long")), 0.70, 0.85)
     base = _total(_untuned(models / "blip2", _samples(shards / "train")[:NUM_UNTUNED]))
     print(f"     untuned captioner, for comparison: coverage {_coverage(base):.3f}, precision {_precision(base):.3f}")
-
-
-def _vae_fid(rebuilt: list[Image.Image], shards: Path, claim: Path, fid: Fid) -> Iterator[Gate]:
-    """Of as many reconstructions as the arm drew pictures, against the same real images: then both have one bias."""
-    alt, number = _alt_fid(claim)
+    # Of as many reconstructions as the arm drew pictures, against the same real images: then both have one bias.
     real = [sample.image() for sample in _samples(shards / "reference")]
-    name = f"VAE: FID of {min(number, len(rebuilt)):,} reconstructions ≤ a fifth of alt's"
-    yield Gate(name, fid(rebuilt[:number], real), alt / 5, False)
+    name = f"VAE: FID of {min(num_drawn, len(rebuilt)):,} reconstructions ≤ a fifth of alt's"
+    yield Gate(name, fid(rebuilt[:num_drawn], real), alt_fid / 5, False)
+
+
+def _by_eye(reader: Path) -> str:
+    """What the eye found; shapes that are drawn between two kinds or colours do not count."""
+    judged = json.loads((BY_EYE / "judged.json").read_bytes())
+    if judged["reader"] != hash_files(reader):
+        return f"by eye: not this reader was checked, but {judged['reader']}"
+    clear = judged["shapes"] - judged["undecided"]["shapes"]
+    return f"by eye: of {clear} clear shapes in {judged['pictures']} generated pictures {len(judged['wrong'])} misread"
 
 
 def _stated(name: str, truth: Truth, coverage: float, precision: float) -> Iterator[Gate]:
@@ -145,8 +141,12 @@ def _captioned(samples: list[Sample], style: str) -> Iterator[Truth]:
 
 
 def _scene(sample: Sample) -> dict[str, Any]:
-    scene: dict[str, Any] = json.loads(sample.members["json"])["scene"]
-    return scene
+    try:
+        scene: dict[str, Any] = json.loads(sample.members["json"])["scene"]
+        return scene
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{sample.key} in {sample.shard} says nothing of its scene: give shards of the drawn world"
+                        ) from None
 
 
 def _samples(folder: Path) -> list[Sample]:

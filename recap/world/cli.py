@@ -48,7 +48,7 @@ def init(
     from recap.world.init import init_untrained
 
     if untrained:
-        init_untrained(out, size or SIZE, seed or 0)
+        init_untrained(out, SIZE if size is None else size, seed or 0)
     elif (size, seed) == (None, None):
         write_trained(out)
     else:
@@ -63,8 +63,8 @@ def train_base(
 ) -> None:
     """Train the tiny checkpoints, one part after another: hours on two cores. To resume, run the same again.
 
-    Two commands on one folder, with different parts, keep two cores busy; the diffusion models, by far the longest, are
-    trained on a GPU where there is one.
+    Two commands on one folder, with different parts, keep two cores busy. The diffusion models are by far the longest:
+    their UNets are trained on a GPU where there is one.
     """
     from recap.world import base
 
@@ -103,15 +103,16 @@ def sheet(
     num: Annotated[int, typer.Option(help="Pictures, spread evenly over the folder.")] = 100,
 ) -> None:
     """Show pictures with what the reader sees in each, for a person to check."""
-    from PIL import Image
-
     from recap.errors import UserError
     from recap.world.reader import Reader
+    from recap.world.sheet import open_picture
     from recap.world.sheet import sheet as lay_out
 
+    if out.suffix not in (".png", ".jpg") or not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: give a .png or .jpg in a folder that exists")
     paths = sorted(folder.glob("*.png"))
     num = min(num, len(paths))
     if num < 1:
         raise UserError(f"no picture to show from {folder}: give a folder of .png files, and --num 1 or more")
-    pictures = [Image.open(paths[index * len(paths) // num]) for index in range(num)]
+    pictures = [open_picture(paths[index * len(paths) // num]) for index in range(num)]
     lay_out(pictures, Reader.open(models / "reader", "cpu").read(pictures)).save(out)

@@ -1,9 +1,11 @@
 """A sheet of pictures with what the reader sees in each, for a person to check."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from recap.errors import UserError
 from recap.world.reader import Reading
 
 COLUMNS = 10
@@ -23,9 +25,18 @@ def sheet(pictures: Iterable[Image.Image], readings: Iterable[Reading]) -> Image
     return page
 
 
+def open_picture(path: Path) -> Image.Image:
+    """One picture of a sheet; `UserError` where it is none."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        raise UserError(f"{path} is no picture: delete it, or draw it again") from None
+
+
 def _cell(number: int, picture: Image.Image, reading: Reading) -> Image.Image:
     cell = Image.new("RGB", CELL, "white")
-    cell.paste(picture.convert("RGB").resize((ENLARGED, ENLARGED), Image.Resampling.NEAREST), (4, 4))
+    cell.paste(picture.resize((ENLARGED, ENLARGED), Image.Resampling.NEAREST), (4, 4))
     lines = [f"{number}. {reading.pattern} {reading.background}"]
     lines += [f"{shape.place}: {shape.size} {shape.colour} {shape.kind}" for shape in reading.shapes]
     canvas, font = ImageDraw.Draw(cell), ImageFont.load_default(9)

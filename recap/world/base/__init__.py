@@ -3,7 +3,7 @@
 import importlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from recap.clip_bpe import clip_tokenizer
 from recap.errors import UserError
 from recap.progress import say
-from recap.rundir import StageDir
+from recap.rundir import StageDir, lock
 
 SHIPPED = Path(__file__).parent / "checkpoints"
 """What `train_base` made, as this version of Recap ships it."""
@@ -22,7 +22,7 @@ PARTS = {"vae": ("vae", 0), "reader": ("reader", 11), "features": ("features", 2
          "stable-diffusion-1": ("stable_diffusion", 1)}
 """Part → the module that makes it, and the seed of its weights and of its drawings, which bear the module's name too.
 
-The two diffusion models read the same drawings, in orders of their own.
+The UNets of the two diffusion models read the same drawings, in orders of their own; their text encoders do not.
 """
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECORDS = ("log.jsonl", "done.json")
@@ -37,30 +37,45 @@ def train_base(out: Path, parts: Iterable[str]) -> None:
     Each leaves `out/PART/model` (a folder of the library's own format, fp16), `log.jsonl`, and figures in `done.json`.
 
     Raises:
-        UserError: a part that does not exist, or one that was begun with other settings.
+        UserError: a part that does not exist, one that was begun with other settings, or one that another command is
+            training.
     """
+    parts = list(parts)
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise UserError(f"no part {unknown[0]!r}: the parts are {', '.join(PARTS)}")
     for part in parts:
-        if part not in PARTS:
-            raise UserError(f"no part {part!r}: the parts are {', '.join(PARTS)}")
         stage = StageDir(out / part, _reads(part))
         if stage.state() == "changed":
             raise UserError(f"{stage.path} was made with other settings ({stage.changes()[0]}): delete it first")
         if stage.state() == "done":
             say(f"{part}: trained before")
             continue
-        stage.begin()
-        stage.finish(_train(part, stage, out))
+        with lock(stage.path):
+            stage.begin()
+            stage.finish(_train(part, stage, out))
         say(f"{part}: {json.dumps(stage.result())}")
 
 
 def _reads(part: str) -> dict[str, Any]:
-    module, seed = _module(part)
-    train = {"train": module.TRAIN} if hasattr(module, "TRAIN") else {}
-    return {"seed": seed, "size": SIZE, "schedule": asdict(module.SCHEDULE), **train}
+    """What decides a part: its seed and size, and every constant of its modules that is plain data."""
+    modules = [*_modules(part)]
+    constants = {f"{module.__name__.rpartition('.')[2]}.{name}": asdict(value) if name == "SCHEDULE" else value
+                 for module in modules for name, value in vars(module).items() if name.isupper()}
+    drawings = {"num_base": NUM_BASE} if len(modules) > 1 else {}
+    return {"seed": PARTS[part][1], "size": SIZE, **drawings,
+            **{name: value for name, value in constants.items() if _is_data(value)}}
+
+
+def _is_data(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:  # a function, or a table of them
+        return False
+    return True
 
 
 def _train(part: str, stage: StageDir, out: Path) -> dict[str, float]:
-    module, seed = _module(part)
+    module, seed = next(_modules(part)), PARTS[part][1]
     if hasattr(module, "TRAIN"):
         return _train_diffusion(module, part, seed, stage, out)
     result: dict[str, float] = module.train(stage, seed, SIZE, module.SCHEDULE)
@@ -72,16 +87,18 @@ def _train_diffusion(module: Any, part: str, seed: int, stage: StageDir, out: Pa
     vae = out / "vae" / "model"
     if not vae.is_dir():
         raise UserError(f"{part} needs the VAE first: recap world train-base {out} --part vae")
-    draw(out / "shards", num_train=0, num_tuning=0, num_validation=0, num_evaluation=0, num_reference=0,
-         num_base=NUM_BASE, size=SIZE)
+    with lock(out / "shards"):  # two models trained side by side read the same
+        draw(out / "shards", num_train=0, num_tuning=0, num_validation=0, num_evaluation=0, num_reference=0,
+             num_base=NUM_BASE, size=SIZE)
     result: dict[str, float] = module.train(stage, seed, SIZE, vae, str(out / "shards" / "base" / "*.tar"))
     return result
 
 
-def _module(part: str) -> tuple[Any, int]:
-    """Imported when it is needed: each loads a library of its own."""
-    name, seed = PARTS[part]
-    return importlib.import_module(f"recap.world.base.{name}"), seed
+def _modules(part: str) -> Iterator[Any]:
+    """That which makes it, and that of a pipeline's text encoder; imported late, as each loads a library of its own."""
+    name = PARTS[part][0]
+    for each in (name, "text_encoder") if name == "stable_diffusion" else (name,):
+        yield importlib.import_module(f"recap.world.base.{each}")
 
 
 def ship(out: Path) -> None:
@@ -90,12 +107,13 @@ def ship(out: Path) -> None:
     A pipeline's VAE is that of the part `vae`, and its tokenizer open_clip's: they are shipped once.
 
     Raises:
-        UserError: a part is not trained yet, or a diffusion model was trained with another VAE.
+        UserError: a part is not trained yet with today's settings, or a diffusion model with another VAE.
     """
     for part in PARTS:
         source = out / part
-        if not (source / "done.json").is_file():
-            raise UserError(f"{part} is not trained yet: recap world train-base {out} --part {part}")
+        if StageDir(source, _reads(part)).state() != "done":
+            raise UserError(f"{part} is not trained yet, or was with other settings: "
+                            f"recap world train-base {out} --part {part}")
         own = source / "model" / "vae" / VAE_WEIGHTS
         if own.is_file() and own.read_bytes() != (out / "vae" / "model" / VAE_WEIGHTS).read_bytes():
             raise UserError(f"{part} was trained with another VAE than {out / 'vae'}: delete it and train it again")
