@@ -1,6 +1,7 @@
 """`recap world check` and `recap world sheet`, with the shipped checkpoints on a world of another seed."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw(out / "shards", num_train=20, num_tuning=0, num_validation=0, num_evaluation=100, num_reference=300, seed=3)
     relabelled(out / "run", [sample.caption("exact") or "" for sample in train(out)], out)
     alt = {"arm": "alt", "metrics": {"fid": 500.0, "num_images": 90}}
-    (out / "claim.json").write_text(json.dumps({"runs": [alt, {"arm": "mix", "metrics": {"fid": 1.0}}]}))
+    ends = {("mix", "alt", "object_accuracy"): [0.01, 0.03], ("shuffled", "alt", "object_accuracy"): [-0.05, -0.02],
+            ("shuffled", "alt", "fid"): [-1.0, 2.0], ("mix", "oracle", "object_accuracy"): [-0.05, -0.01],
+            ("clean", "oracle", "object_accuracy"): [-0.01, 0.001], ("mix", "base", "clip_score"): None}
+    compared = [{"a": a, "b": b, "metric": metric, "ci": ci} for (a, b, metric), ci in ends.items()]
+    (out / "claim.json").write_text(json.dumps(
+        {"runs": [alt, {"arm": "mix", "metrics": {"fid": 1.0}}], "comparisons": compared}))
     return out
 
 
@@ -56,7 +62,7 @@ def check(world: Path, **paths: str) -> tuple[int, list[str]]:
 def test_all_gates_hold_of_what_is_shipped(world: Path) -> None:
     status, gates = check(world)
     assert status == 0, gates
-    assert len(gates) == 7 and all(gate.startswith("ok") and len(gate) <= 80 for gate in gates)
+    assert len(gates) == 12 and all(gate.startswith("ok") and len(gate) <= 80 for gate in gates)
     assert "relabelled long captions: facts stated" in gates[4] and " 1.000 ≥ 0.700" in gates[4]
 
 
@@ -79,7 +85,22 @@ def test_captions_of_other_images_and_a_vae_too_far_from_them_fail(world: Path, 
     (tmp_path / "claim.json").write_text((world / "claim.json").read_text().replace("500.0", "0.5"))
     status, gates = check(world, run=str(tmp_path / "run"), claim=str(tmp_path / "claim.json"))
     assert status == 1
-    assert [gate[:4] for gate in gates] == ["ok  ", "ok  ", "ok  ", "ok  ", "FAIL", "FAIL", "FAIL"]
+    assert [gate[:4] for gate in gates[:7]] == ["ok  ", "ok  ", "ok  ", "ok  ", "FAIL", "FAIL", "FAIL"]
+
+
+def test_a_claim_that_is_not_shown_and_controls_that_fail(world: Path, tmp_path: Path) -> None:
+    claim = json.loads((world / "claim.json").read_bytes())
+    for each, ci in zip(claim["comparisons"], ([-0.01, 0.03], [0.01, 0.02], [-2.0, -1.0], [0.01, 0.02], None),
+                        strict=False):
+        each["ci"] = ci
+    (tmp_path / "claim.json").write_text(json.dumps(claim))
+    status, gates = check(world, claim=str(tmp_path / "claim.json"))
+    assert status == 1
+    assert [re.sub(" +", " ", gate) for gate in gates[7:]] == [
+        "FAIL claim: object accuracy, mix − alt, low end -0.010 ≥ 0.000",
+        "FAIL control: object accuracy, mix − oracle, low end 0.010 ≤ 0.000",
+        "FAIL control: object accuracy, shuffled − alt, low end 0.010 ≤ 0.000",
+        "FAIL control: FID, shuffled − alt, high end -1.000 ≥ 0.000"]  # of clean the claim says nothing
 
 
 def test_the_reader_that_is_shipped_was_judged_by_eye(world: Path) -> None:

@@ -1,4 +1,7 @@
-"""`recap world check`: whether the instrument is sound, measured on held-out scenes. Nothing here trains or chooses."""
+"""`recap world check`: whether the instrument is sound, measured on held-out scenes, and the claim with its controls.
+
+Nothing here trains or chooses.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -25,6 +28,15 @@ NUM_UNTUNED = 200
 BATCH = 100
 BY_EYE = Path(__file__).parent / "by_eye"
 """A sheet of generated pictures with what the reader sees in each, and what the eye found wrong in it."""
+CLAIMED = (
+    ("claim: object accuracy", "mix", "alt", "object_accuracy", 0, True),
+    ("control: object accuracy", "mix", "oracle", "object_accuracy", 0, False),
+    ("control: object accuracy", "clean", "oracle", "object_accuracy", 1, True),
+    ("control: object accuracy", "shuffled", "alt", "object_accuracy", 0, False),
+    ("control: FID", "shuffled", "alt", "fid", 1, True),
+)
+"""Arm a less arm b by a metric: which end of the 95 % interval must be at least 0, or at most. The claim is shown; of
+controls it must not be shown that they fail."""
 Fid = Callable[[list[Image.Image], list[Image.Image]], float]
 
 
@@ -53,7 +65,7 @@ def check(models: Path, shards: Path, run: Path, claim: Path, fid: Fid) -> list[
         models: what `recap world init` wrote.
         shards: what `recap world draw` wrote.
         run: a finished run on them, whose relabelled captions are judged.
-        claim: the result whose alt arm the VAE's distance is measured against.
+        claim: the result that `recap pool` kept: its alt arm is what the VAE's distance is measured against.
         fid: two lists of pictures → their Fréchet distance, by the world's feature network.
 
     Raises:
@@ -67,7 +79,7 @@ def check(models: Path, shards: Path, run: Path, claim: Path, fid: Fid) -> list[
 
 
 def _gates(models: Path, shards: Path, run: Path, claim: Path, fid: Fid) -> Iterator[Gate]:
-    alt_fid, num_drawn = _alt_fid(claim)  # what is missing is said now, not after minutes of measuring
+    claimed, alt_fid, num_drawn = _claim(claim)  # what is missing is said now, not after minutes of measuring
     if not (run / "relabel" / "done.json").is_file():
         raise UserError(f"no relabelled shards in {run}: run `recap relabel` there first, or give --run")
     samples = _samples(shards / "evaluation")
@@ -89,6 +101,15 @@ def _gates(models: Path, shards: Path, run: Path, claim: Path, fid: Fid) -> Iter
     real = [sample.image() for sample in _samples(shards / "reference")]
     name = f"VAE: FID of {min(num_drawn, len(rebuilt)):,} reconstructions ≤ a fifth of alt's"
     yield Gate(name, fid(rebuilt[:num_drawn], real), alt_fid / 5, False)
+    yield from _claimed(claimed)
+
+
+def _claimed(intervals: dict[tuple[str, str, str], tuple[float, float]]) -> Iterator[Gate]:
+    for what, a, b, metric, end, at_least in CLAIMED:
+        if (interval := intervals.get((a, b, metric))) is None:
+            print(f"     {what}: nothing of {a} − {b} in the claim")
+        else:
+            yield Gate(f"{what}, {a} − {b}, {('low', 'high')[end]} end", interval[end], 0, at_least)
 
 
 def _by_eye(reader: Path) -> str:
@@ -158,13 +179,16 @@ def _samples(folder: Path) -> list[Sample]:
     return found
 
 
-def _alt_fid(claim: Path) -> tuple[float, int]:
-    """Mean FID of arm alt over its seeds, and over how many pictures it is taken."""
+def _claim(path: Path) -> tuple[dict[tuple[str, str, str], tuple[float, float]], float, int]:
+    """Arms a and b and metric → 95 % interval; mean FID of arm alt over its seeds, and over how many pictures."""
     try:
-        alt = [run["metrics"] for run in json.loads(claim.read_bytes())["runs"] if run["arm"] == "alt"]
-        return sum(metrics["fid"] for metrics in alt) / len(alt), alt[0]["num_images"]
+        found = json.loads(path.read_bytes())
+        alt = [run["metrics"] for run in found["runs"] if run["arm"] == "alt"]
+        intervals = {(each["a"], each["b"], each["metric"]): (float(each["ci"][0]), float(each["ci"][1]))
+                     for each in found["comparisons"] if each["ci"]}
+        return intervals, sum(metrics["fid"] for metrics in alt) / len(alt), alt[0]["num_images"]
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{claim} holds no FID of an arm alt ({error}): give a result as report.json is") from None
+        raise UserError(f"{path} holds no FID of an arm alt ({error}): give a result as report.json is") from None
 
 
 def _total(truths: Any) -> Truth:

@@ -80,7 +80,7 @@ def check(
     run: Annotated[Path, typer.Option(help="A finished run on them, whose captions are judged.")] = Path("runs/tiny"),
     claim: Annotated[Path, typer.Option(help="The result that has the alt arm's FID.")] = Path("configs/claim.json"),
 ) -> None:
-    """Measure whether the instrument is sound: reader, VAE, expert and captioner. Exit status 1 if a gate fails."""
+    """Measure whether the instrument is sound: reader, VAE, expert, captioner, controls. Status 1 if a gate fails."""
     from eval.config import Features
     from eval.features import features, open_network
     from eval.fid import frechet_distance, statistics
