@@ -140,7 +140,8 @@ def p_text(p: float | None) -> str:
     """`p = 0.012`, `p < 0.001`."""
     if p is None:
         return "no p-value"
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    text = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return text.replace(" ", "\u00a0")  # no line ends within it
 
 
 def for_terminal(found: Findings) -> str:
