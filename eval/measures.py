@@ -19,6 +19,11 @@ class Measure:
     about: str = ""
 
     @property
+    def name(self) -> str:
+        """Its label within a sentence: `object accuracy`, `FID`."""
+        return self.label if self.label[1:2].isupper() else f"{self.label[:1].lower()}{self.label[1:]}"
+
+    @property
     def arrow(self) -> str:
         return "↓" if self.lower_is_better else "↑"
 

@@ -53,13 +53,13 @@ def verdict(found: Findings) -> tuple[str, list[str]]:
         return f"There is no arm to compare with “{b}”{' but controls' if controls else ''}.", []
     result = found.against(a, lead)
     if result is None:
-        return f"No prompt gives both “{a}” and “{b}” a value of {lead.label.lower()}: there is nothing to compare.", []
+        return f"No prompt gives both “{a}” and “{b}” a value of {lead.name}: there is nothing to compare.", []
     headline = f"Pictures of the arm “{a}” match their prompts {result['verdict']} than those of “{b}”"
     if result["verdict"] == "can't tell":
         headline = f"No difference between the arms “{a}” and “{b}” could be shown"
     if lead.is_share:
         ours, theirs = (lead.text(found.mean(arm, lead)) for arm in (a, b))
-        headline += f": {lead.label.lower()} {ours} against {theirs}"
+        headline += f": {lead.name} {ours} against {theirs}"
     scores = [_score_sentence(a, b, measure, each) for measure in found.headline[:-1]
               if (each := found.against(a, measure))]
     return f"{headline}.", [*scores, *_fid_sentences(a, b, found), *_disagreement(a, found), *_control(a, found),
@@ -108,8 +108,8 @@ def _control(a: str, found: Findings) -> list[str]:
     beaten = [measure for measure, each in results if each["verdict"] == "better"]
     fate = "holds" if results[0][1]["verdict"] == "worse" else "is not shown to fail"
     if beaten:
-        fate = f"fails by {' and '.join(each.label for each in beaten)}"
-    told = ", ".join(f"{_than(each)} {found.baseline} by {measure.label} ({measure.figures(each)})"
+        fate = f"fails by {' and '.join(each.name for each in beaten)}"
+    told = ", ".join(f"{_than(each)} {found.baseline} by {measure.name} ({measure.figures(each)})"
                      for measure, each in results)
     return [f"The control {fate}: captions of other images (shuffled) are {told}.",
             *(_unearned(a, measure, found) for measure in beaten)]
@@ -119,7 +119,7 @@ def _unearned(a: str, measure: Measure, found: Findings) -> str:
     """What it means where captions that say nothing of their images beat the baseline."""
     each = found.between(a, "shuffled", measure)
     beside = f"; {a} is {_than(each)} shuffled by it" if each else ""
-    return f"So a better {measure.label} need not come of what captions say{beside}."
+    return f"So a better {measure.name} need not come of what captions say{beside}."
 
 
 def _than(result: dict[str, Any]) -> str:

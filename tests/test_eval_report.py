@@ -238,7 +238,7 @@ def test_measures_that_disagree() -> None:
 
 def test_without_an_arm_to_compare() -> None:
     assert verdict(findings(["base", "alt"]))[0] == "There is no arm to compare with “alt” but controls."
-    assert "No prompt gives both “mix” and “alt” a value of clip score" in verdict(findings(["alt", "mix"]))[0]
+    assert "No prompt gives both “mix” and “alt” a value of CLIP score" in verdict(findings(["alt", "mix"]))[0]
 
 
 def test_a_failing_control_and_disagreeing_measures_are_said(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_runs_are_pooled_into_a_result_that_can_be_shown(tmp_path: Path, content
     assert (kept.findings().against("mix", found.lead) or {})["verdict"] == "better"
     run(StageDir(tmp_path / "report", {}), content, Report(beside=str(tmp_path / "all.json"), num_prompts=0))
     html = (tmp_path / "report/index.html").read_text(encoding="utf-8")
-    assert "On a alone: All right" in html and "of 3 training seeds on each of 2 base models" in html
+    assert "On a alone: all right" in html and "of 3 training seeds on each of 2 base models" in html
     assert html.count("by 3 training seeds on each of 2 base models, and of these models only") == 1
 
 
