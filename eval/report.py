@@ -192,7 +192,7 @@ def _beside(path: str | None) -> _Besides | None:
 
 
 def _by_model(about: Beside, found: Findings) -> list[str]:
-    """`On stable-diffusion-0 alone: Object accuracy +3.1 points, 95 % interval +1.0 to +5.2.`"""
+    """`On stable-diffusion-0 alone: object accuracy +3.1 points, 95 % interval +1.0 to +5.2.`"""
     lead = found.lead
     return [f"On {Path(each.model).name} alone: {lead.name} {lead.change(own.difference)}{lead.unit}, 95 % interval "
             f"{lead.interval(own.model_dump())}."
