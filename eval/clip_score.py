@@ -72,8 +72,8 @@ class ClipScorer:
         parts = [self._parts(text) for text in texts]
         truncated = sum(any(not self._fits(part) for part in each) for each in parts)
         owner = np.repeat(np.arange(len(parts)), [len(each) for each in parts])
-        image_vectors = self._embed_images(images)
-        text_vectors = self._embed_texts([part for each in parts for part in each])
+        image_vectors = self.embed_images(images)
+        text_vectors = self.embed_texts([part for each in parts for part in each])
         cosines = (image_vectors[owner] * text_vectors).sum(axis=1)
         totals = np.bincount(owner, weights=100 * np.maximum(cosines, 0), minlength=len(parts))
         return totals / np.bincount(owner, minlength=len(parts)), truncated
@@ -93,11 +93,15 @@ class ClipScorer:
             return len(tokenizer.encode(text)) + 2
         return len(tokenizer.tokenizer(tokenizer.clean_fn(text), truncation=False, verbose=False).input_ids)
 
-    def _embed_images(self, images: list[Image.Image]) -> np.ndarray:
+    @torch.no_grad()
+    def embed_images(self, images: list[Image.Image]) -> np.ndarray:
+        """Embed images, RGB, in one batch: (N, D) float64, rows of length 1."""
         pixels = torch.stack([self._preprocess(image) for image in images])
         return _unit(self._model.encode_image(pixels.to(self._device)))
 
-    def _embed_texts(self, texts: list[str]) -> np.ndarray:
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> np.ndarray:
+        """Embed texts, one vector each; what is over the context is cut. (N, D) float64, rows of length 1."""
         batches = [texts[i:i + TEXT_BATCH] for i in range(0, len(texts), TEXT_BATCH)]
         return np.concatenate([_unit(self._model.encode_text(self._tokenizer(batch).to(self._device)))
                                for batch in batches])
