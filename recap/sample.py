@@ -5,7 +5,7 @@ import json
 import struct
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from PIL import Image, ImageOps
@@ -30,6 +30,8 @@ class Sample:
     """Unique within its shard only: two shards may both hold a `000000000`."""
     members: dict[str, bytes]
     """Extension (`jpg`, `txt`, `short.txt`) → content."""
+    offsets: dict[str, int] = field(default_factory=dict, compare=False, repr=False)
+    """Extension → where in the shard's file the content begins, for the members that were read from one."""
 
     @property
     def uid(self) -> str:
@@ -37,14 +39,19 @@ class Sample:
         return f"{self.shard}/{self.key}"
 
     @property
-    def image_bytes(self) -> bytes:
-        """The encoded image; `BadSample` where there is none, or more than one."""
+    def image_extension(self) -> str:
+        """Which member is the image; `BadSample` where none is, or more than one."""
         found = [ext for ext in self.members if ext.lower() in IMAGE_EXTENSIONS]
         if not found:
             raise BadSample("missing_image", f"only {', '.join(self.members) or 'nothing'}")
         if len(found) > 1:
             raise BadSample("several_images", ", ".join(found))
-        return self.members[found[0]]
+        return found[0]
+
+    @property
+    def image_bytes(self) -> bytes:
+        """The encoded image; `BadSample` where there is none, or more than one."""
+        return self.members[self.image_extension]
 
     def image(self) -> Image.Image:
         """The decoded image: RGB, upright, one frame."""

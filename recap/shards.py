@@ -119,7 +119,7 @@ def read_shard(url: str, rejects: list[Reject]) -> Iterator[Sample]:
     """
     shard = shard_name(url)
     seen: set[str] = set()
-    key, members, faults = "", {}, []  # type: str, dict[str, bytes], list[tuple[str, str]]
+    key, members, offsets, faults = "", {}, {}, []  # type: str, dict[str, bytes], dict[str, int], list[tuple[str, str]]
 
     def finish() -> Iterator[Sample]:
         if key in seen:
@@ -127,21 +127,21 @@ def read_shard(url: str, rejects: list[Reject]) -> Iterator[Sample]:
         elif faults:
             rejects.append(Reject(shard, key, *faults[0]))
         elif key:
-            yield Sample(shard, key, members)
+            yield Sample(shard, key, members, offsets)
         seen.add(key)
 
-    for name, content, fault in _read_members(url):
+    for name, content, offset, fault in _read_members(url):
         found = KEY_AND_EXTENSION.match(name)
         member_key, extension = (found[1], found[2]) if found else (name, "")
         if member_key != key:
             if key:
                 yield from finish()
-            key, members, faults = member_key, {}, []
+            key, members, offsets, faults = member_key, {}, {}, []
         fault = fault or _name_fault(name, extension, members)
         if fault:
             faults.append(fault)
         else:
-            members[extension] = content
+            members[extension], offsets[extension] = content, offset
     if key:
         yield from finish()
 
@@ -179,8 +179,8 @@ def _name_fault(name: str, extension: str, members: dict[str, bytes]) -> tuple[s
     return None
 
 
-def _read_members(url: str) -> Iterator[tuple[str, bytes, tuple[str, str] | None]]:
-    """Yield (name, content, fault) for every member that is not a folder."""
+def _read_members(url: str) -> Iterator[tuple[str, bytes, int, tuple[str, str] | None]]:
+    """Yield (name, content, where in the file it begins, fault) for every member that is not a folder."""
     name = ""
     try:
         with fsspec.open(url, "rb") as file:
@@ -195,18 +195,19 @@ def _read_members(url: str) -> Iterator[tuple[str, bytes, tuple[str, str] | None
                         if info.isdir() or PurePosixPath(name).name.startswith("._"):  # what macOS adds to every file
                             continue
                         if not info.isfile() or info.issparse():
-                            yield name, b"", ("not_a_file", "a link, a device or a sparse file")
+                            yield name, b"", 0, ("not_a_file", "a link, a device or a sparse file")
                         elif info.size > MAX_MEMBER_BYTES:
-                            yield name, b"", ("oversized_member", f"{info.size:,} bytes in {name}")
+                            yield name, b"", 0, ("oversized_member", f"{info.size:,} bytes in {name}")
                         else:
-                            yield name, cast(IO[bytes], tar.extractfile(info)).read(), None
+                            content = cast(IO[bytes], tar.extractfile(info)).read()
+                            yield name, content, info.offset_data, None
                 if any(stream.last):  # tarfile takes a damaged header, and the end of the file, for the end of the tar
                     raise tarfile.ReadError("no end-of-archive mark")
                 if stream.has_more():
                     raise tarfile.ReadError("more data after the end-of-archive mark")
             except (tarfile.TarError, EOFError, ValueError, RecursionError, MemoryError, OverflowError) as error:
                 fault = ("truncated_shard", f"{error}, at byte {stream.position:,} of {url}")
-                yield name or shard_name(url), b"", fault
+                yield name or shard_name(url), b"", 0, fault
     except FileNotFoundError:
         raise UserError(f"no shard at {url}: it was there when the run began; put it back and run again") from None
 

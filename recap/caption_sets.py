@@ -1,0 +1,430 @@
+"""Caption-tuning sets in the formats that people have, as captioned images whose bytes stay where they are.
+
+Shards with `KEY.STYLE.txt`; COCO's and Karpathy's JSON; Flickr8k and Flickr30k; PixLore's CSV; Hugging Face's
+ImageFolder. Reading a set decodes no image (100,000 COCO photos would take minutes) and keeps none (nor would they fit
+in memory): an `ImageRef` is read when its turn comes.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import fsspec
+
+from recap.config import Dataset
+from recap.errors import BadSample, UserError
+from recap.sample import IMAGE_EXTENSIONS, decode_text
+from recap.shards import MAX_MEMBER_BYTES, Reject, is_local, read_shard
+
+MAX_CAPTIONS_BYTES = 2**30
+"""Of a captions file, which is read whole; one for all of COCO has some 100 MB."""
+STYLE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+SHAPES = {
+    "coco": '{"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": "…"}]}, '
+            "or Karpathy's dataset_coco.json",
+    "flickr": "lines of NAME.jpg#0<tab>CAPTION, or a table with the header image,caption or "
+              "image_name| comment_number| comment",
+    "pixlore": "CSV whose header has image_path and rich_caption",
+    "imagefolder": 'a metadata.jsonl with lines of {"file_name": "1.jpg", "text": "…"}',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRef:
+    """Where an encoded image lies: a whole file, or a stretch of a shard, local or remote."""
+
+    url: str
+    offset: int = 0
+    size: int | None = None
+    """In bytes; None is the whole file."""
+
+    def read(self) -> bytes:
+        """The encoded image.
+
+        Raises:
+            BadSample: `missing_image` where the file has gone or is cut, `oversized_image` where it is no image's size.
+            UserError: the storage fails or refuses. A run must not drop images for as long as a network is down.
+        """
+        limit = MAX_MEMBER_BYTES + 1 if self.size is None else self.size
+        try:
+            data = self._read_local(limit) if is_local(self.url) else self._read_remote(limit)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise BadSample("missing_image", f"nothing at {self.url}") from error
+        except Exception as error:  # every storage has errors of its own
+            raise UserError(f"{self.url} cannot be read ({type(error).__name__}: {error}): when its storage can be "
+                            "reached again, run the same command") from error
+        if self.size is not None and len(data) < self.size:
+            raise BadSample("missing_image", f"{self.url} is cut: {len(data):,} of the {self.size:,} bytes from byte "
+                                             f"{self.offset:,} on")
+        if len(data) > MAX_MEMBER_BYTES:
+            raise BadSample("oversized_image", f"{self.url} has over {MAX_MEMBER_BYTES:,} bytes")
+        if self.size is not None and len(data) > self.size:
+            raise UserError(f"{self.url}: its server sends whole files where a part is asked for: copy the shards to "
+                            "a local folder or to S3")
+        return data
+
+    def _read_local(self, limit: int) -> bytes:
+        with open(self.url, "rb") as file:
+            file.seek(self.offset)
+            return file.read(limit)
+
+    def _read_remote(self, limit: int) -> bytes:
+        fs, path = fsspec.core.url_to_fs(self.url)
+        return bytes(fs.cat_file(path, start=self.offset, end=self.offset + limit))
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedImage:
+    """An image of a set, with what the set says of it."""
+
+    uid: str
+    """Unique within the set."""
+    image: ImageRef
+    captions: tuple[tuple[str, str], ...]
+    """(style, caption), in the order of the file; one style may have several."""
+
+
+def read_shards(urls: list[str], styles: Iterable[str]) -> tuple[list[CaptionedImage], list[Reject]]:
+    """The images of webdataset shards with their captions of the given styles, in the order of `styles`.
+
+    Args:
+        urls: shards as `recap.shards.expand` gives them, none twice.
+        styles: `short` is the member `KEY.short.txt`; `alt` is the alt-text, `KEY.txt`.
+
+    Raises:
+        UserError: no sample has a caption.
+    """
+    images: list[CaptionedImage] = []
+    rejects: list[Reject] = []
+    wanted = list(dict.fromkeys(styles))
+    for url in urls:
+        for sample in read_shard(url, rejects):
+            try:
+                extension = sample.image_extension
+                captions = tuple((style, text) for style in wanted if (text := sample.caption(style)))
+                if not captions:
+                    raise BadSample("missing_caption", f"none of {', '.join(wanted)}")
+            except BadSample as error:
+                rejects.append(Reject(sample.shard, sample.key, error.reason, error.detail))
+                continue
+            image = ImageRef(url, sample.offsets[extension], len(sample.members[extension]))
+            images.append(CaptionedImage(sample.uid, image, captions))
+    if not images:
+        raise UserError(f"no sample of {', '.join(urls)} has an image with a caption of the styles "
+                        f"{', '.join(wanted)}: stitch them first, or check the members' names (KEY.STYLE.txt)"
+                        + _first(rejects))
+    return images, rejects
+
+
+def read_dataset(config: Dataset) -> tuple[list[CaptionedImage], list[Reject]]:
+    """The images of a folder with the captions that a file has for them.
+
+    A uid is the image's path relative to the images' folder. What the file says of one image in several places is
+    joined.
+
+    Raises:
+        UserError: the file is not there or not in its format, or no image of it can be used.
+    """
+    file, folder = _open(config)
+    by_name: dict[str, list[tuple[str, str]]] = {}
+    for name, captions in READERS[config.format](file):
+        by_name.setdefault(PureWindowsPath(name.strip()).as_posix(), []).extend(captions)  # \ → /, ./a → a
+    by_uid: dict[str, list[tuple[str, str]]] = {}
+    for name, captions in by_name.items():
+        try:
+            uid = _find_by_end(folder, name) if config.format == "pixlore" else _find(folder, name)
+        except BadSample as error:
+            file.reject(name, error.reason, error.detail)
+            continue
+        by_uid.setdefault(uid, []).extend(captions)
+    images = [CaptionedImage(uid, ImageRef(os.path.join(folder, uid)), texts)
+              for uid, captions in by_uid.items() if (texts := _clean(file, uid, captions))]
+    if not images:
+        raise UserError(f"{file.path}: none of its {len(by_name)} images in {folder} can be used; {config.format} is "
+                        f"{SHAPES[config.format]}, and `images` the folder that names are relative to"
+                        + _first(file.rejects))
+    return images, file.rejects
+
+
+def split(images: list[CaptionedImage], share: float, seed: int) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+    """(training, validation), both in the order given: by image, so that no image has captions in both.
+
+    An image's part follows from the seed, its uid and the set of uids, not from their order.
+
+    Args:
+        share: of the images to hold out, at least one and never all of them; 0 holds out none.
+
+    Raises:
+        UserError: there is one image only.
+    """
+    if share <= 0:
+        return list(images), []
+    ranked = sorted({image.uid for image in images}, key=lambda uid: (_hash(seed, uid), uid))
+    if len(ranked) < 2:
+        raise UserError(f"{len(ranked)} image cannot be split into training and validation: give more images, or "
+                        "hold none out")
+    held_out = set(ranked[:min(max(round(share * len(ranked)), 1), len(ranked) - 1)])
+    return ([image for image in images if image.uid not in held_out],
+            [image for image in images if image.uid in held_out])
+
+
+def _hash(seed: int, uid: str) -> bytes:
+    return hashlib.sha256(f"{seed}/{uid}".encode("utf-8", "surrogatepass")).digest()
+
+
+def _first(rejects: list[Reject]) -> str:
+    """The end of a message: how many rejects of each reason, and the first of them."""
+    if not rejects:
+        return ""
+    counts = ", ".join(f"{count} {reason}" for reason, count in Counter(r.reason for r in rejects).most_common())
+    first = "; ".join(f"{r.key}: {r.reason}" + (f" ({r.detail})" if r.detail else "") for r in rejects[:3])
+    text = f" [{counts}; first: {first:.400}]"
+    return "".join(c if c.isprintable() else "?" for c in text)  # keys come from the web; a message is one line
+
+
+# --- files and folders ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A captions file while it is read: its text, what its captions are, and what was not used."""
+
+    path: str
+    text: str
+    format: str
+    style: str
+    rejects: list[Reject]
+
+    def reject(self, key: str, reason: str, detail: str = "") -> None:
+        self.rejects.append(Reject(PurePosixPath(self.path).name, key, reason, detail))
+
+    def error(self, what: str) -> UserError:
+        return UserError(f"{self.path}: {what}: a {self.format} set is {SHAPES[self.format]}")
+
+    def json(self, text: str, first_line: int) -> Any:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise self.error(f"line {first_line + error.lineno - 1} is not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"the JSON from line {first_line} on cannot be read ({error})") from None
+
+
+def _open(config: Dataset) -> tuple[_File, str]:
+    """The captions file, read, and the folder of its images."""
+    path = config.captions
+    if not all(map(is_local, filter(None, (path, config.images)))):
+        raise UserError(f"{path}: {config.format} sets are read from local folders: copy it, or make shards of it")
+    if config.format == "imagefolder" and Path(path).is_dir():
+        path = os.path.join(path, "metadata.jsonl")
+    folder = config.images or str(Path(path).parent)
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder at {folder}: `images` is where the images of {path} lie")
+    try:
+        with open(path, "rb") as content:
+            data = content.read(MAX_CAPTIONS_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): `captions` is the file with the captions, for "
+                        "imagefolder the folder that has metadata.jsonl") from None
+    if len(data) > MAX_CAPTIONS_BYTES:
+        raise UserError(f"{path} has over {MAX_CAPTIONS_BYTES:,} bytes: split it, or make shards of it")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line}: not UTF-8: write it anew as UTF-8 text") from None
+    return _File(path, text, config.format, config.style, []), folder
+
+
+def _find(folder: str, name: str) -> str:
+    """The uid of an image that is there; `BadSample` for any other.
+
+    Links are followed: a folder of links is how the hub's cache, and many a person, keeps a set.
+    """
+    path = PureWindowsPath(name)  # which knows both kinds of slash, and drives
+    if path.anchor or ".." in path.parts or re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", name):
+        raise BadSample("unsafe_path", ascii(name))
+    if path.suffix[1:].lower() not in IMAGE_EXTENSIONS:
+        raise BadSample("not_an_image", f"{name} ends in none of {', '.join(IMAGE_EXTENSIONS)}")
+    if not os.path.isfile(os.path.join(folder, name)):
+        raise BadSample("missing_image", f"no {name} in {folder}")
+    return name
+
+
+def _find_by_end(folder: str, name: str) -> str:
+    """The same for a path on another machine: the longest end of it that is in the folder, down to the bare name."""
+    parts = PureWindowsPath(name).parts
+    for start in range(len(parts)):
+        try:
+            return _find(folder, "/".join(parts[start:]))
+        except BadSample as error:
+            if error.reason == "not_an_image" or start == len(parts) - 1:
+                raise
+    raise BadSample("missing_image", "an empty path")
+
+
+def _clean(file: _File, uid: str, captions: list[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The captions that are text, under the rules for captions in shards; the others are rejected."""
+    texts, num_rejects = [], len(file.rejects)
+    for style, caption in captions:
+        try:
+            text = decode_text(caption.encode("utf-8", "surrogatepass"), style)
+        except BadSample as error:
+            file.reject(uid, error.reason, error.detail)
+            continue
+        if text:
+            texts.append((style, text))
+    if not texts and len(file.rejects) == num_rejects:
+        file.reject(uid, "missing_caption")
+    return tuple(texts)
+
+
+# --- formats -------------------------------------------------------------------------------------------------------
+
+Entries = Iterator[tuple[str, list[tuple[str, str]]]]
+"""(an image's name as the file has it, (style, caption)s); an image may come in several pieces."""
+
+
+def _coco(file: _File) -> Entries:
+    content = file.json(file.text, 1)
+    images = content.get("images") if isinstance(content, dict) else None
+    if not isinstance(images, list):
+        raise file.error("no list of images")
+    if any(isinstance(image, dict) and "sentences" in image for image in images):
+        yield from _karpathy(file, images)
+        return
+    captions = _coco_captions(file, content.get("annotations"))
+    names: dict[str, str] = {}
+    for place, image in enumerate(images):
+        match image:
+            case {"id": int() | str() as image_id, "file_name": str() as name}:
+                if names.setdefault(str(image_id), name) == name:
+                    yield name, captions.pop(str(image_id), [])
+                else:
+                    file.reject(name, "duplicate_id", f"{image_id} is also {names[str(image_id)]}")
+            case _:
+                file.reject(f"images[{place}]", "malformed_entry", "no id or no file_name")
+    for key, found in captions.items():
+        file.reject(key, "unknown_image", f"{len(found)} captions of an image that is not listed")
+
+
+def _coco_captions(file: _File, annotations: Any) -> dict[str, list[tuple[str, str]]]:
+    """Id of an image → its captions."""
+    if not isinstance(annotations, list):
+        raise file.error("no list of annotations")
+    captions: dict[str, list[tuple[str, str]]] = {}
+    for place, annotation in enumerate(annotations):
+        match annotation:
+            case {"image_id": int() | str() as image_id, "caption": str() as caption}:
+                captions.setdefault(str(image_id), []).append((file.style, caption))
+            case _:
+                file.reject(f"annotations[{place}]", "malformed_entry", "no image_id or no caption")
+    return captions
+
+
+def _karpathy(file: _File, images: list[Any]) -> Entries:
+    """Karpathy's files, without what he keeps for validation and test: published scores are those images'."""
+    for place, image in enumerate(images):
+        match image:
+            case {"filename": str() as name, "sentences": list() as sentences}:
+                if image.get("split") in ("val", "test"):
+                    file.reject(name, "held_out", f"Karpathy's {image['split']} split")
+                    continue
+                folder = image.get("filepath")
+                texts = [sentence.get("raw") for sentence in sentences if isinstance(sentence, dict)]
+                yield (f"{folder}/{name}" if isinstance(folder, str) and folder else name,
+                       [(file.style, text) for text in texts if isinstance(text, str)])
+            case _:
+                file.reject(f"images[{place}]", "malformed_entry", "no filename or no sentences")
+
+
+def _flickr(file: _File) -> Entries:
+    lines = [(number, line) for number, line in enumerate(file.text.split("\n"), 1) if line.strip()]
+    header = [column.strip().lower() for column in re.split("[|,]", lines[0][1])] if lines else [""]
+    if header[0] in ("image", "image_name") and header[-1] in ("caption", "comment"):
+        parse = _pipe_row if "|" in lines[0][1] else _comma_row
+        lines = lines[1:]
+    elif any(all(_token_row(line, 2)) for _, line in lines[:100]):
+        parse = _token_row
+    else:
+        raise file.error("its first lines are of another kind")
+    for number, line in lines:
+        name, caption = parse(line, len(header))
+        if name and caption:
+            yield name, [(file.style, caption)]
+        else:  # Flickr30k's results.csv has such a row
+            file.reject(f"line {number}", "malformed_row", ascii(line[:80]))
+
+
+def _token_row(line: str, num_columns: int) -> tuple[str, str]:
+    """(name, caption), as the next two do; one of them empty where the row is malformed."""
+    place, _, caption = line.partition("\t")
+    name, _, number = place.rpartition("#")
+    return (name.strip(), caption.strip()) if number.strip().isdigit() else ("", "")
+
+
+def _pipe_row(line: str, num_columns: int) -> tuple[str, str]:
+    fields = line.split("|", num_columns - 1)
+    return (fields[0].strip(), fields[-1].strip()) if len(fields) == num_columns else ("", "")
+
+
+def _comma_row(line: str, num_columns: int) -> tuple[str, str]:
+    # One line at a time, so that a quotation mark that does not close costs one row, not all that follow.
+    try:
+        fields = next(csv.reader([line.rstrip("\r")], strict=True))
+    except csv.Error:
+        return "", ""
+    return fields[0].strip(), ",".join(fields[num_columns - 1:]).strip()  # a caption's commas that nobody quoted
+
+
+def _pixlore(file: _File) -> Entries:
+    # The csv module's own limit of 131,072 characters a field is above what a caption may have, and is left as it is.
+    rows = csv.reader(io.StringIO(file.text, newline=""), strict=True)
+    header: list[str] = []
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:  # the reader goes on with the next line
+            file.reject(f"line {rows.line_num}", "malformed_row", str(error))
+            continue
+        if not row:
+            continue
+        if not header:
+            header = [column.strip() for column in row]
+            if not {"image_path", "rich_caption"} <= set(header):
+                raise file.error(f"line {rows.line_num} has no columns image_path and rich_caption")
+        elif len(row) == len(header):  # the data set's other columns hold what the caption was made from
+            yield row[header.index("image_path")], [(file.style, row[header.index("rich_caption")])]
+        else:
+            file.reject(f"line {rows.line_num}", "malformed_row", f"{len(row)} columns, not {len(header)}")
+
+
+def _imagefolder(file: _File) -> Entries:
+    """`text` is of the set's style; any other column of text is of the style that it is named."""
+    for number, line in enumerate(file.text.split("\n"), 1):
+        if not line.strip():
+            continue
+        row = file.json(line, number)
+        if not isinstance(row, dict):
+            raise file.error(f"line {number} is not a JSON object")
+        name = row.pop("file_name", None)
+        if not isinstance(name, str):
+            file.reject(f"line {number}", "malformed_row", "no file_name")
+            continue
+        yield name, [(file.style if column == "text" else column, text)
+                     for column, value in row.items() if STYLE.fullmatch(column)
+                     for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+
+
+READERS: dict[str, Callable[[_File], Entries]] = {
+    "coco": _coco, "flickr": _flickr, "pixlore": _pixlore, "imagefolder": _imagefolder}
