@@ -34,6 +34,20 @@ def run_all(config: ConfigFile, overrides: Overrides = None, dry_run: DryRun = F
 
 
 app.add_typer(world, name="world")
+captioner = typer.Typer(help="What an experiment's captioner is.", no_args_is_help=True)
+app.add_typer(captioner, name="captioner")
+
+
+@captioner.command()
+def info(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Parameters, and how many of them fine-tuning trains: from the configuration alone, no weights are read."""
+    from recap import pipeline
+    from recap.captioners.info import info as count
+    from recap.captioners.info import table
+    from recap.config import load
+    exp = load(config, overrides or [], pipeline.Experiment)
+    print(f"{exp.captioner.family} {exp.captioner.model}".strip())
+    print(table(count(exp.captioner, exp.finetune)))
 
 
 def _add_stage(verb: str, summary: str) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recap.errors import UserError
 
@@ -83,38 +83,267 @@ class Stitch(Table):
     detr: Detr = Detr()
 
 
+FAMILIES = ("blip2", "blip", "clipcap", "transformer", "cnn_lstm", "vlm")
+
+
+class ClipCap(Table):
+    """ClipCap (Mokady et al. 2021, arXiv 2111.09734): a CLIP vector, mapped to a prefix that GPT-2 goes on from."""
+
+    clip: str = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+    """An open_clip model: `hf-hub:ID`, or a folder with `open_clip_config.json` and safetensors weights."""
+    gpt2: str = "openai-community/gpt2"
+    """Hub id or folder of a GPT-2."""
+    mapper: Literal["mlp", "transformer"] = "mlp"
+    prefix_length: int = Field(10, ge=1)
+    """Positions that GPT-2 sees of an image."""
+    clip_length: int = Field(10, ge=1)
+    """Positions that the Transformer mapper unfolds CLIP's vector into."""
+    num_layers: int = Field(8, ge=1)
+    """Of the Transformer mapper."""
+    num_heads: int = Field(8, ge=1)
+    """Of the Transformer mapper."""
+    train_gpt2: bool = True
+    """The paper tunes GPT-2 beside the MLP, and keeps it frozen behind the Transformer."""
+
+
+class Decoder(Table):
+    """The text decoder of a captioner that is trained from scratch."""
+
+    hidden_size: int = Field(512, ge=1)
+    num_layers: int = Field(6, ge=1)
+    num_heads: int = Field(8, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    vocab_size: int = Field(10_000, ge=300)
+    """Of the byte-level BPE that is learned from the training captions."""
+
+
+class Transformer(Decoder):
+    """A vision encoder and a text decoder with cross-attention: pretrained parts, or both from scratch."""
+
+    encoder: str | None = "google/vit-base-patch16-224-in21k"
+    """Hub id or folder of a ViT; `none` makes one of the decoder's size."""
+    decoder: str | None = None
+    """Hub id or folder of a GPT-2, which gets new cross-attention; by default a new decoder with its own vocabulary."""
+    max_length: int = Field(320, ge=2)
+    """Positions for prompt and caption together."""
+    train_encoder: bool = False
+    image_size: int = Field(224, ge=8)
+    """Of an encoder from scratch, in pixels."""
+    patch_size: int = Field(16, ge=1)
+    """Of an encoder from scratch."""
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return self.encoder in (None, "none")
+
+
+class CnnLstm(Decoder):
+    """Show and Tell (Vinyals et al. 2015, arXiv 1411.4555); with attention, Show, Attend and Tell (1502.03044)."""
+
+    encoder: str = "hf-hub:timm/resnet50.a1_in1k"
+    """A timm model: `hf-hub:ID`, or a folder with `config.json` and `model.safetensors`; a bare name (`resnet18`) is
+    that architecture, untrained."""
+    attention: bool = True
+    train_encoder: bool = False
+    image_size: int | None = Field(None, ge=8)
+    """In pixels; by default what the encoder was trained with."""
+    num_layers: int = Field(1, ge=1)
+
+    @property
+    def is_from_scratch(self) -> bool:
+        return "/" not in self.encoder and ":" not in self.encoder
+
+
 class Captioner(Model):
-    family: Literal["blip2"] = "blip2"
-    model: str = "Salesforce/blip2-opt-2.7b"
-    adapter: str | None = None
-    """A LoRA adapter folder to relabel with, instead of tuning one; `none` relabels with the base alone."""
+    family: str = "blip2"
+    """blip2, blip, clipcap, transformer, cnn_lstm or vlm."""
+    model: str = ""
+    """Hub id or folder of a whole captioner; by default that of `DEFAULT_CAPTIONERS`. What clipcap, transformer and
+    cnn_lstm are put together from, before any is tuned, their own tables say."""
+    tuned: str | None = None
+    """What fine-tuning wrote, to relabel with instead of tuning again: an adapter folder, or a whole model where the
+    family tunes the whole; `none` relabels with the base as it is."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the frozen base; the adapter is always float32."""
+    """Of the frozen base; what is trained is always float32."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Of a frozen base on CUDA, by bitsandbytes; blip2 and vlm only."""
+    server: str | None = None
+    """Of vlm: an OpenAI-compatible server (`http://localhost:8000/v1`) that has the model; for relabelling only."""
+    clipcap: ClipCap = ClipCap()
+    transformer: Transformer = Transformer()
+    cnn_lstm: CnnLstm = CnnLstm()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_family(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        family = content.get("family", "blip2")
+        if family not in FAMILIES:
+            near = difflib.get_close_matches(str(family), FAMILIES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the families are {', '.join(FAMILIES)}"
+            raise ValueError(f"no captioner family {family!r}: {hint}")
+        return {"model": DEFAULT_CAPTIONERS[family]} | content
+
+    @model_validator(mode="after")
+    def _fits_the_family(self) -> "Captioner":
+        if self.server and self.family != "vlm":
+            raise ValueError(f"server is of family vlm, not of {self.family}: leave one of them out")
+        if self.quantization != "none" and self.family not in ("blip2", "vlm"):
+            raise ValueError(f"quantization is of a frozen base, and {self.family} tunes the whole: leave it out")
+        return self
+
+
+    def own(self) -> dict[str, Any]:
+        """What a stage reads of this table: all but what other families are made of, and which weights are tuned."""
+        others = {"clipcap", "transformer", "cnn_lstm"} - {self.family}
+        return self.model_dump(exclude=others | {"tuned"})
+
+    def parts(self) -> dict[str, str]:
+        """Where the experiment file says it → the checkpoint of a part, where there is no whole captioner."""
+        if self.family == "clipcap":
+            return {"captioner.clipcap.clip": self.clipcap.clip, "captioner.clipcap.gpt2": self.clipcap.gpt2}
+        if self.model:
+            return {}
+        if self.family == "transformer":
+            encoder = {} if self.transformer.is_from_scratch else {
+                "captioner.transformer.encoder": str(self.transformer.encoder)}
+            return encoder | ({"captioner.transformer.decoder": self.transformer.decoder} if self.transformer.decoder
+                              else {})
+        if self.family == "cnn_lstm" and not self.cnn_lstm.is_from_scratch:
+            return {"captioner.cnn_lstm.encoder": self.cnn_lstm.encoder}
+        return {}
+
+
+DEFAULT_CAPTIONERS = {
+    "blip2": "Salesforce/blip2-opt-2.7b", "blip": "Salesforce/blip-image-captioning-base",
+    "vlm": "HuggingFaceTB/SmolVLM-500M-Instruct", "clipcap": "", "transformer": "", "cnn_lstm": "",
+}
+"""Family → the hub id of its captioner; empty for those that are put together from parts."""
+
+
+class Dataset(Table):
+    """Captioned images in a format other than shards."""
+
+    format: Literal["coco", "flickr", "pixlore", "imagefolder"]
+    """COCO captions JSON; Flickr8k or Flickr30k token file; PixLore's CSV; a Hugging Face imagefolder."""
+    captions: str
+    """The file with the captions; of an imagefolder, the folder that holds `metadata.jsonl`."""
+    images: str | None = None
+    """The folder that image names are relative to; by default that of the captions."""
+    style: Name = "long"
+    """What style the captions are of, where the file doesn't say."""
+
+
+class Lora(Table):
+    """LoRA (Hu et al. 2021, arXiv 2106.09685), for blip2 and vlm: which linear layers get an adapter."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    language_model: list[str] | None = None
+    """Layers of the language model, by name; by default those that project queries and values, as peft knows them for
+    its kind: `q_proj` and `v_proj` of OPT, `q` and `v` of T5."""
+    qformer: list[str] = []
+    """Layers of BLIP-2's Q-Former: `query`, `key`, `value`."""
+    vision_model: list[str] = []
+    """Layers of the vision model: `qkv` in BLIP-2's."""
+
+
+class Augment(Table):
+    """What happens to a training image, drawn anew for every pair and epoch. All off by default."""
+
+    flip: float = Field(0, ge=0, le=1)
+    """Share of images mirrored; never where the caption speaks of left or right."""
+    crop: float = Field(1, gt=0, le=1)
+    """The smallest share of an image's area that a crop keeps; 1 crops nothing."""
+    blur: float = Field(0, ge=0, le=1)
+    """Share of images blurred."""
+    colour: float = Field(0, ge=0, lt=1)
+    """How much brightness, contrast and saturation may change, as a share."""
+
+    @property
+    def is_off(self) -> bool:
+        return not self.flip and self.crop == 1 and not self.blur and not self.colour
+
+
+class Validation(Table):
+    """Held-out images: when they are looked at, and what for."""
+
+    share: float = Field(0, ge=0, lt=1)
+    """Of the images, held out whole, with all their captions; 0 trains on all."""
+    shards: str | list[str] | None = None
+    """Shards to validate on instead of a share."""
+    dataset: Dataset | None = None
+    """Captioned images to validate on instead of a share."""
+    every: int | None = Field(None, ge=1)
+    """Steps between validations; by default an epoch, or a tenth of the steps where that is longer."""
+    num_images: int = Field(200, ge=1)
+    """At most so many images are captioned and scored."""
+    select_by: Literal["loss", "cider_d"] = "loss"
+    """What the best checkpoint is best in."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many validations without a better one."""
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self.share or self.shards or self.dataset)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Validation":
+        if sum(map(bool, (self.share, self.shards, self.dataset))) > 1:
+            raise ValueError("validation.share, .shards and .dataset: give one of them")
+        if self.patience and not self.is_on:
+            raise ValueError("validation.patience needs held-out images: set validation.share")
+        return self
 
 
 class Finetune(Table):
     shards: str | list[str] | None = None
     """Shards with a `KEY.STYLE.txt` for the styles to learn; by default what `stitch` wrote."""
-    steps: int = Field(300, ge=1)
+    dataset: Dataset | None = None
+    """Captioned images in another format, instead of shards."""
+    steps: int | None = Field(None, ge=1)
+    """By default 300, unless `epochs` is given."""
+    epochs: int | None = Field(None, ge=1)
+    """Instead of steps: how often every pair is seen."""
     batch_size: int = Field(64, ge=1)
-    """Image–caption pairs a step. Each image comes once for every style that it has."""
+    """Image–caption pairs a step, over all processes. Each image comes once for every caption that it has."""
     micro_batch_size: int | None = Field(None, ge=1)
-    """Pairs in memory at once, gradients accumulated; by default the whole batch."""
+    """Pairs in memory at once on one process, gradients accumulated; by default all."""
     lr: float = Field(4e-5, gt=0)
-    lr_scheduler: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; `cosine` ends at zero."""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; `linear` and `cosine` end at zero."""
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    lora_rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.1, ge=0, lt=1)
-    lora_targets: list[str] = ["q_proj", "v_proj"]
-    """Linear layers of the language model that get an adapter."""
+    """Of matrices only, not of biases and norms."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast; what is trained stays float32."""
+    gradient_checkpointing: bool = False
+    """Compute activations again instead of keeping them: less memory, more time."""
+    lora: Lora = Lora()
+    augment: Augment = Augment()
+    validation: Validation = Validation()
+    cache_features: bool = False
+    """Encode every image once and keep the result on disk: where the vision model is frozen and nothing augmented."""
     max_tokens: int = Field(256, ge=1)
     """Longer captions are cut at a sentence end, counted and reported."""
+    num_workers: int = Field(0, ge=0)
+    """Processes that decode and augment images ahead of the training."""
     checkpoint_every: int = Field(100, ge=1)
     """Steps between checkpoints."""
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Finetune":
+        if self.steps and self.epochs:
+            raise ValueError("steps and epochs: give one of them")
+        if self.shards is not None and self.dataset:
+            raise ValueError("shards and dataset: give one of them")
+        if self.cache_features and not self.augment.is_off:
+            raise ValueError("cache_features keeps what was seen of an image, and augment changes it: leave one out")
+        return self
 
 
 class Relabel(Table):

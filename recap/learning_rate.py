@@ -8,11 +8,11 @@ class Scheduled(Protocol):
     """What a training's table says of it."""
 
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int | None: ...
     @property
     def lr(self) -> float: ...
     @property
-    def lr_scheduler(self) -> Literal["constant", "cosine"]: ...
+    def lr_scheduler(self) -> Literal["constant", "linear", "cosine"]: ...
     @property
     def warmup_steps(self) -> int: ...
 
@@ -23,5 +23,6 @@ def learning_rate(config: Scheduled, step: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     if config.lr_scheduler == "constant":
         return config.lr
+    assert config.steps is not None, "counted before training begins"  # noqa: S101
     done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (1 - done if config.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

@@ -26,7 +26,20 @@ from eval.judge import find_judge
 from eval.prompts import prompt_inputs, prompt_sets
 from eval.scores import check_sets, headline_sets
 from recap import pretrained, progress
-from recap.config import DEFAULT_STYLES, Captioner, Data, Finetune, Model, Name, Relabel, RunName, Stitch, Style, Table
+from recap.config import (
+    DEFAULT_STYLES,
+    Captioner,
+    Data,
+    Dataset,
+    Finetune,
+    Model,
+    Name,
+    Relabel,
+    RunName,
+    Stitch,
+    Style,
+    Table,
+)
 from recap.errors import UserError
 from recap.rundir import StageDir, digest, folder_identity, lock
 from recap.shards import expand, identity
@@ -82,7 +95,8 @@ class Experiment(Table):
                 near = difflib.get_close_matches(arm, self.arm, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"define [arm.{arm}], or take {', '.join(self.arm)}"
                 raise ValueError(f"arms: no arm {arm!r}: {hint}")
-        if unknown := sorted(set(self.relabel.mix) - set(self.styles)):
+        mix = self.relabel.mix if "mix" in self.relabel.model_fields_set else {}  # the default holds where it can
+        if unknown := sorted(set(mix) - set(self.styles)):
             raise ValueError(f"relabel.mix: no style {unknown[0]!r}: the styles are {', '.join(self.styles)}")
         return self
 
@@ -128,9 +142,9 @@ def run(exp: Experiment, verb: str | None = None, redo: bool = False) -> None:
     chosen = [stage for stage in Plan(exp).stages() if verb in (None, stage.verb)]
     if not chosen:
         raise UserError(f"nothing to {verb}: this experiment names that stage's result itself")
-    if progress.num_processes() > 1 and (redo or {stage.verb for stage in chosen} != {"train"}):
-        raise UserError("only `recap train`, without --redo, runs in several processes: run the rest in one, "
-                        "before or after")
+    if progress.num_processes() > 1 and (redo or {stage.verb for stage in chosen} - {"train", "finetune"}):
+        raise UserError("only `recap finetune` and `recap train`, without --redo, run in several processes: run the "
+                        "rest in one, before or after")
     for stage in chosen:
         stage.dir  # noqa: B018  (what is missing is said now, not after hours of the stages before)
     with lock(Path(exp.runs) / exp.name):
@@ -203,8 +217,9 @@ class Plan:
         exp = self.exp
         trained = [arm for arm in exp.arms if exp.arm[arm].captions]
         relabelled = exp.train.shards is None and bool(trained)
-        tuned = relabelled and exp.captioner.adapter is None
-        stitch = self.stitch() if tuned and exp.finetune.shards is None else None
+        tuned = relabelled and exp.captioner.tuned is None
+        given = exp.finetune.shards is not None or exp.finetune.dataset is not None
+        stitch = self.stitch() if tuned and not given else None
         finetune = self.finetune(stitch) if tuned else None
         relabel = self.relabel(finetune) if relabelled else None
         reference = self.reference()
@@ -230,25 +245,35 @@ class Plan:
         }, lambda: (inputs.urls, config, exp.styles, exp.data, self.device))
 
     def finetune(self, stitch: Stage | None) -> Stage:
-        exp = self.exp
-        inputs = self._shards(exp.finetune.shards, "finetune.shards")
-        prompts = {name: style.prompt for name, style in exp.styles.items()}  # how captions are decoded, it never sees
-        return self._stage("finetune", "captioner", "recap.finetune:run", [stitch], lambda: {
-            "finetune": exp.finetune, "prompts": prompts, "captioner": exp.captioner,
-            "inputs": stitch.dir.fingerprint if stitch else inputs.identity,
-            "checkpoint": _checkpoint(exp.captioner, "captioner"),
-        }, lambda: (_written(stitch) or inputs.urls, exp.finetune, exp.captioner, prompts, self.device))
+        exp, config = self.exp, self.exp.finetune
+        inputs = None if config.dataset else self._shards(config.shards, "finetune.shards")
+        held_out = config.validation.shards
+
+        def reads() -> dict[str, Any]:
+            prompts = {name: style.prompt for name, style in exp.styles.items()}
+            return {
+                # How captions are decoded, only validation sees.
+                "finetune": config.model_dump(exclude={"num_workers"}),
+                "styles": exp.styles if config.validation.is_on else prompts,
+                "captioner": exp.captioner.own(), "checkpoint": _captioner_checkpoint(exp.captioner),
+                "inputs": stitch.dir.fingerprint if stitch else inputs.identity if inputs else _dataset(config.dataset),
+                "held_out": Inputs(held_out, "finetune.validation.shards").identity if held_out else
+                _dataset(config.validation.dataset),
+            }
+
+        return self._stage("finetune", "captioner", "recap.finetune:run", [stitch], reads, lambda: (
+            _written(stitch) or (inputs.urls if inputs else []), config, exp.captioner, exp.styles, self.device))
 
     def relabel(self, finetune: Stage | None) -> Stage:
         exp = self.exp
         inputs = self._shards(exp.relabel.shards, "relabel.shards")
-        adapter = finetune.path / "adapter" if finetune else None
         return self._stage("relabel", "relabel", "recap.relabel:run", [finetune], lambda: {
-            "relabel": exp.relabel, "styles": exp.styles, "captioner": exp.captioner, "alt_text": exp.data.alt_text,
-            "inputs": inputs.identity, "checkpoint": _checkpoint(exp.captioner, "captioner"),
-            "adapter": finetune.dir.fingerprint if finetune else _given_adapter(exp.captioner)[1],
-        }, lambda: (inputs.urls, exp.captioner, adapter or _given_adapter(exp.captioner)[0], exp.styles, exp.relabel,
-                    exp.data, self.device))
+            "relabel": exp.relabel, "styles": exp.styles, "captioner": exp.captioner.own(),
+            "alt_text": exp.data.alt_text, "inputs": inputs.identity,
+            "checkpoint": _captioner_checkpoint(exp.captioner),
+            "tuned": finetune.dir.fingerprint if finetune else _given_tuned(exp.captioner)[1],
+        }, lambda: (inputs.urls, exp.captioner, _tuned(finetune) or _given_tuned(exp.captioner)[0], exp.styles,
+                    exp.relabel, exp.data, self.device))
 
     def train(self, seed: int, arm: str, relabel: Stage | None) -> Stage:
         exp = self.exp
@@ -368,14 +393,35 @@ def _upstream(stages: Iterable[Stage]) -> list[Stage]:
     return list(found.values())
 
 
-def _given_adapter(captioner: Captioner) -> tuple[Path | None, Any]:
-    """The adapter folder that the file names, and its identity; none for the base alone."""
-    if captioner.adapter in (None, "none"):
+def _captioner_checkpoint(captioner: Captioner) -> Any:
+    """Identity of a captioner's checkpoint, or of the parts that it is put together from."""
+    found = {"model": _checkpoint(captioner, "captioner")} if captioner.model and not captioner.server else {}
+    return found | {where: _checkpoint(Model(model=name), where) for where, name in captioner.parts().items()}
+
+
+def _dataset(config: Dataset | None) -> Any:
+    """Identity of a data set: its captions file, and the names, sizes and times of its images."""
+    if config is None:
+        return None
+    captions = Path(config.captions)
+    folder = Path(config.images) if config.images else captions if captions.is_dir() else captions.parent
+    return [identity(config.captions) if captions.is_file() else None,
+            folder_identity(folder) if folder.is_dir() else None]
+
+
+def _tuned(finetune: Stage | None) -> Path | None:
+    """What fine-tuning wrote: the weights of the best validation, or the last."""
+    return finetune.path / finetune.dir.result()["chosen"] if finetune else None
+
+
+def _given_tuned(captioner: Captioner) -> tuple[Path | None, Any]:
+    """The tuned captioner that the file names, and its identity; none for the base alone."""
+    if captioner.tuned in (None, "none"):
         return None, None
-    path = Path(captioner.adapter)
+    path = Path(captioner.tuned)
     if not path.is_dir():
-        raise UserError(f"captioner.adapter: no folder at {path}: give a peft adapter folder, "
-                        "or none for the base alone")
+        raise UserError(f"captioner.tuned: no folder at {path}: give what fine-tuning wrote (a peft adapter folder, or "
+                        "a whole model), or none for the base alone")
     return path, folder_identity(path)
 
 

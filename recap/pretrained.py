@@ -1,39 +1,90 @@
 """Opening checkpoints: a hub id or a local folder, one clear line when it is not there, nothing in it ever executed."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from recap.config import Model
+from recap.config import Captioner, Model
 from recap.errors import UserError
 from recap.progress import warn
 from recap.rundir import folder_identity
 
 T = TypeVar("T")
 SCHEMES = ("local-dir:", "hf-hub:")  # as timm and open_clip write them
-SAFE_FILES = ["*.json", "*.txt", "*.safetensors"]
+CONFIG_FILES = ["*.json", "*.txt", "*.jinja"]
+SAFE_FILES = [*CONFIG_FILES, "*.safetensors"]
 """All that is fetched: configuration, vocabulary, weights. No pickle, no Python."""
 NEEDLESS_FILES = ["*.fp16.*", "*.non_ema.*", "safety_checker/*"]
 
 
-def load_pretrained(loader: Callable[..., T], ref: Model, where: str, **options: Any) -> T:
+def load_pretrained(loader: Callable[..., T], ref: Model, where: str, weights: bool = True, **options: Any) -> T:
     """Call `loader(folder, …)`, a library's `from_pretrained`; `where` names the table for messages.
+
+    Without `weights`, no more than the configuration is fetched from the hub.
 
     Raises:
         UserError: the folder is not there, the hub cannot be reached, or the checkpoint is not of the right kind.
     """
-    folder = checkpoint_folder(ref, where)
+    folder = checkpoint_folder(ref, where, weights)
     try:
         return loader(str(folder), **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{where}.model: cannot load {ref.model}: {_one_line(error)}") from error
 
 
-def checkpoint_folder(ref: Model, where: str) -> Path:
+def load_model(kind: Any, ref: Captioner, device: str) -> Any:
+    """A captioner's model, frozen, on its device; `kind` is its class in transformers.
+
+    On the device `meta` it is made from its configuration, without weights.
+
+    Raises:
+        UserError: as `load_pretrained`; weights are missing, which transformers would leave random with a warning; or
+            bitsandbytes cannot run here.
+    """
+    import torch
+    if device == "meta":
+        config = load_pretrained(_config_class(kind).from_pretrained, ref, "captioner", weights=False,
+                                 trust_remote_code=False)
+        with torch.device("meta"):
+            model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
+        return model.requires_grad_(False)
+    own_code = {"trust_remote_code": False} if hasattr(kind, "from_config") else {}  # unsaid, transformers would ask
+    options = _quantized(ref, device) if ref.quantization != "none" else {"dtype": getattr(torch, ref.dtype)}
+    model, info = load_pretrained(kind.from_pretrained, ref, "captioner", use_safetensors=True,
+                                  output_loading_info=True, **options, **own_code)
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"captioner.model: {ref.model} lacks {len(missing)} weights of a {type(model).__name__}, "
+                        f"{missing[0]} first: it is another model, or damaged")
+    model.requires_grad_(False)
+    return model if ref.quantization != "none" else model.to(device)
+
+
+def _config_class(kind: Any) -> Any:
+    if hasattr(kind, "from_config"):  # one of transformers' Auto classes
+        from transformers import AutoConfig
+        return AutoConfig
+    return kind.config_class
+
+
+def _quantized(ref: Captioner, device: str) -> dict[str, Any]:
+    import torch
+    from transformers import BitsAndBytesConfig
+    if not device.startswith("cuda"):
+        raise UserError(f"captioner.quantization: {ref.quantization} runs on CUDA, not on {device}: leave it out")
+    if find_spec("bitsandbytes") is None:
+        raise UserError("captioner.quantization needs bitsandbytes: pip install 'recap-t2i[quantization]'")
+    dtype = getattr(torch, ref.dtype)
+    bits = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                                     "bnb_4bit_compute_dtype": dtype}}[ref.quantization]
+    return {"quantization_config": BitsAndBytesConfig(**bits), "device_map": {"": device}, "dtype": dtype}
+
+
+def checkpoint_folder(ref: Model, where: str, weights: bool = True) -> Path:
     """The folder of a checkpoint: the local one that is named, else the hub's in the hub's own cache."""
-    return find_local(ref, where) or _fetch(ref, where)
+    return find_local(ref, where) or _fetch(ref, where, weights)
 
 
 def find_local(ref: Model, where: str) -> Path | None:
@@ -54,12 +105,13 @@ def identity(ref: Model) -> Any:
     return folder_identity(path) if path.is_dir() else f"{ref.model}@{ref.revision}"
 
 
-def _fetch(ref: Model, where: str) -> Path:
+def _fetch(ref: Model, where: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     if ref.revision == "main":
         warn(f"{where}.model {ref.model} is read at revision main, which can change: pin a commit in {where}.revision")
     try:
-        return Path(snapshot_download(_without_scheme(ref.model), revision=ref.revision, allow_patterns=SAFE_FILES,
+        return Path(snapshot_download(_without_scheme(ref.model), revision=ref.revision,
+                                      allow_patterns=SAFE_FILES if weights else CONFIG_FILES,
                                       ignore_patterns=NEEDLESS_FILES))
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{where}.model: no folder {ref.model}, and the hub does not give it at revision "

@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from recap import progress
-from recap.captioners import Caption, Captioner, open_captioner
+from recap.captioners import Captioner, open_captioner
+from recap.captioners.text import Caption
 from recap.chunks import split
 from recap.clip_bpe import clip_tokenizer
 from recap.config import Captioner as CaptionerConfig
@@ -37,10 +38,10 @@ class Labeller:
     """Captioner, revision and adapter, as `KEY.recap.json` names them."""
 
 
-def run(stage: StageDir, shards: list[str], captioner_config: CaptionerConfig, adapter: Path | None,
+def run(stage: StageDir, shards: list[str], captioner_config: CaptionerConfig, tuned: Path | None,
         styles: dict[str, Style], config: Relabel, data: Data, device: str) -> dict[str, Any]:
     """Caption every image in every style; write each shard, then its quarantine, then its stats."""
-    labeller = functools.cache(lambda: open_labeller(captioner_config, adapter, styles, config, device))
+    labeller = functools.cache(lambda: open_labeller(captioner_config, tuned, styles, config, device))
     found = []
 
     def work(shard: str) -> Stats:
@@ -59,11 +60,11 @@ def run(stage: StageDir, shards: list[str], captioner_config: CaptionerConfig, a
     return result
 
 
-def open_labeller(captioner_config: CaptionerConfig, adapter: Path | None, styles: dict[str, Style], config: Relabel,
+def open_labeller(captioner_config: CaptionerConfig, tuned: Path | None, styles: dict[str, Style], config: Relabel,
                   device: str) -> Labeller:
     source = {"captioner": captioner_config.model, "revision": captioner_config.revision,
-              "adapter": hash_files(adapter) if adapter else None}
-    return Labeller(open_captioner(captioner_config, device, adapter), styles, config, source)
+              "adapter": hash_files(tuned) if tuned else None}
+    return Labeller(open_captioner(captioner_config, device, tuned), styles, config, source)
 
 
 def relabel_shard(shard: str, out: Path, labeller: Labeller, data: Data, bar: Any) -> Stats:

@@ -72,6 +72,12 @@ def hash_files(path: Path) -> str:
     return whole.hexdigest()[:16]
 
 
+def hash_file(path: Path) -> str:
+    """SHA-256 over the content of one file."""
+    with open(path, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class StageDir:
     """The folder of one stage of one run."""

@@ -36,13 +36,13 @@ def test_help_fits_80_columns(arguments: list[str]) -> None:
     (["run", "-c", TINY, "data.shards=none/*.tar", "stitch.shards={shard}", "stitch.detr.model={models}/detr",
       "captioner.model={models}/blip2"], "data.shards: nothing at none/*.tar"),
     (["generate", "-c", TINY, "generate.prompts=none.txt", 'arms=["base"]'], "generate.prompts: nothing at none.txt"),
-    (["relabel", "-c", TINY, "data.shards={shard}", "captioner.model=./none", "captioner.adapter=none"],
+    (["relabel", "-c", TINY, "data.shards={shard}", "captioner.model=./none", "captioner.tuned=none"],
      "captioner.model: no folder at ./none"),
-    (["relabel", "-c", TINY, "data.shards={shard}", "captioner.model={models}/blip2", "captioner.adapter=none-such"],
-     "captioner.adapter: no folder at none-such"),
+    (["relabel", "-c", TINY, "data.shards={shard}", "captioner.model={models}/blip2", "captioner.tuned=none-such"],
+     "captioner.tuned: no folder at none-such"),
     (["stitch", "-c", TINY, "stitch.shards={shard}", 'stitch.experts=["dter"]', "stitch.detr.model={models}/detr"],
      "detr"),
-    (["relabel", "-c", TINY, "data.shards={shard}", "captioner.adapter=none", "captioner.model=someone/not-cached"],
+    (["relabel", "-c", TINY, "data.shards={shard}", "captioner.tuned=none", "captioner.model=someone/not-cached"],
      "captioner.model: no folder someone/not-cached"),
     (["train", "-c", TINY, "train.shards={shard}", 'arms=["rich"]', "train.model={models}/stable-diffusion-0"],
      "no_rich_caption"),
@@ -73,25 +73,30 @@ def test_python_dash_m_is_the_same_command() -> None:
 
 UPSTREAM = {"recap": {"recap"}, "train_t2i": {"recap", "train_t2i"}, "eval": {"recap", "train_t2i", "eval"}}
 MAY_NAME_ALL = {"recap/cli.py", "recap/pipeline.py", "recap/world/cli.py"}
-LEAVES = {"eval/captions.py", "eval/clip_score.py", "eval/statistics.py"}
+LEAVES = {f"eval.{name}" for name in ("captions", "caption_tokens", "caption_scores", "caption_measures",
+                                      "caption_java", "clipscore_hessel", "clip_score", "statistics")}
+"""They know nothing of the three packages but one another, so that recap may score captions with them."""
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names that a file imports, anywhere in it."""
+    """Packages of ours that a file imports from, anywhere in it; leaves are everyone's."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found & set(UPSTREAM)
+            found.add(node.module)
+    return {name.split(".")[0] for name in found - LEAVES} & set(UPSTREAM)
 
 
 @pytest.mark.parametrize("package", UPSTREAM)
 def test_imports_point_upstream_only(package: str) -> None:
     for path in (ROOT / package).rglob("*.py"):
         name = str(path.relative_to(ROOT))
-        allowed = set() if name in LEAVES else set(UPSTREAM) if name in MAY_NAME_ALL else UPSTREAM[package]
+        if name.removesuffix(".py").replace("/", ".") in LEAVES:
+            allowed = set()
+        else:
+            allowed = set(UPSTREAM) if name in MAY_NAME_ALL else UPSTREAM[package]
         assert imported(path) <= allowed, name
 
 

@@ -147,7 +147,7 @@ def test_stock_peft_opens_the_adapter(finished: Path, world_models: Path) -> Non
     from peft import PeftModel
     from transformers import Blip2ForConditionalGeneration
     base = Blip2ForConditionalGeneration.from_pretrained(world_models / "blip2")
-    model = PeftModel.from_pretrained(base, str(finished / "captioner" / "adapter"))
+    model = PeftModel.from_pretrained(base, str(finished / "captioner" / "last"))
     assert any("lora" in name for name, _ in model.named_parameters())
 
 
@@ -156,7 +156,7 @@ def test_arms_differ_in_nothing_but_captions(finished: Path) -> None:
     assert prompts[0] == prompts[1] == prompts[2]
 
 
-RESULTS = ("relabel/*.tar", "relabel/*_stats.json", "captioner/adapter/*", "seed-0/train/*/pipeline/**/*.safetensors",
+RESULTS = ("relabel/*.tar", "relabel/*_stats.json", "captioner/last/*", "seed-0/train/*/pipeline/**/*.safetensors",
            "seed-0/generate/*/*.png", "seed-0/eval/*/*.json", "seed-0/eval/*/*.npz", "reference/reference.npz")
 VOLATILE = ("done.json",)  # holds how long the stage took
 

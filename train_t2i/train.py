@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from recap import checkpoint, progress
 from recap.learning_rate import learning_rate
+from recap.processes import open_accelerator
 from recap.rundir import StageDir
 from train_t2i.config import Arm, Train
 from train_t2i.data import Batch, Stream
@@ -33,7 +34,7 @@ def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, 
         name: of the arm, for the bar.
         device: `cpu` keeps accelerate off the GPUs; else it takes those it finds.
     """
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=device == "cpu")
+    accelerator = open_accelerator(config.precision, device)
     pipe = load_pipeline(config, "train", str(accelerator.device))
     model = Diffusion(pipe, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]

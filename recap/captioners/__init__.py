@@ -1,69 +1,145 @@
-"""Captioners: one protocol, one file for each family."""
+"""Captioners: one protocol, one file for each family.
 
-import difflib
+A captioner turns pixels into features, once an image, and features into captions in any style; and, to be tuned, into a
+loss. What it writes is the format that the family's users know.
+"""
+
 import importlib
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from PIL import Image
+from torch import nn
 
+from recap.captioners.text import Caption, Text
 from recap.config import Captioner as CaptionerConfig
 from recap.config import Finetune, Style
 from recap.errors import UserError
+from recap.progress import warn
 
-REGISTRY = {"blip2": "recap.captioners.blip2:Blip2"}
+REGISTRY = {
+    "blip2": "recap.captioners.blip2:Blip2",
+    "blip": "recap.captioners.blip:Blip",
+    "clipcap": "recap.captioners.clipcap:ClipCap",
+    "transformer": "recap.captioners.transformer:Transformer",
+    "cnn_lstm": "recap.captioners.cnn_lstm:CnnLstm",
+    "vlm": "recap.captioners.vlm:Vlm",
+}
 """Family → where its class is; imported when it is asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Caption:
-    """What a captioner says of an image in one style."""
-
-    text: str
-    ended: bool
-    """Whether the captioner ended by itself, before the style's token limit."""
+SERVED = "recap.captioners.served:Served"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Captioner(Protocol):
-    """From pixels to captions in any style; and to a loss, for tuning."""
+    """From pixels to captions in any style: all that relabelling needs."""
 
-    def preprocess(self, images: list[Image.Image]) -> torch.Tensor:
-        """RGB images → pixel values (B, 3, H, W) as the vision model takes them, on the CPU."""
+    def preprocess(self, images: list[Image.Image]) -> Any:
+        """RGB images → what `encode` takes, on the CPU; for most families pixel values (B, 3, H, W)."""
 
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the language model sees of the images, (B, N, D): computed once, whatever the number of styles."""
+    def encode(self, pixels: Any) -> Any:
+        """What the text side sees of the images, computed once, whatever the number of styles."""
 
-    def caption(self, features: torch.Tensor, style: Style) -> list[Caption]:
-        """Greedy captions of encoded images."""
+    def caption(self, features: Any, style: Style) -> list[Caption]:
+        """Captions of encoded images. No image's caption depends on the others of its batch."""
 
-    def loss(self, pixel_values: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
+
+class Tunable(ABC):
+    """A captioner that can be tuned."""
+
+    model: Any
+    """All its weights: an `nn.Module`, most often of a class of transformers."""
+    text: Text
+    """Its tokens."""
+    device: str
+    encoder_is_trained: bool = False
+    """Whether tuning changes what `encode` computes. If not, features may be computed once and kept."""
+    whole: ClassVar[bool] = True
+    """Whether what tuning writes is a whole model, or an adapter for a base."""
+
+    @classmethod
+    @abstractmethod
+    def open(cls, config: CaptionerConfig, device: str, tuned: Path | None) -> "Tunable":
+        """Load base and processor, and what fine-tuning wrote where that is given.
+
+        On the device `meta` the model is made from its configuration alone, and no weight is read.
+        """
+
+    @abstractmethod
+    def prepare(self, config: Finetune, captions: list[str]) -> None:
+        """Make trainable what this family tunes. `captions` teach its words to one that has none yet."""
+
+    @abstractmethod
+    def preprocess(self, images: list[Image.Image]) -> Any:
+        """RGB images → what `encode` takes, on the CPU; for most families pixel values (B, 3, H, W)."""
+
+    @abstractmethod
+    def encode(self, pixels: Any) -> Any:
+        """What the text side sees of the images, (B, N, D) for most families: computed once, whatever the styles.
+
+        Without gradients, unless the encoder is being trained.
+        """
+
+    @abstractmethod
+    def caption(self, features: Any, style: Style) -> list[Caption]:
+        """Captions of encoded images. No image's caption depends on the others of its batch."""
+
+    @abstractmethod
+    def loss(self, features: Any, prompts: list[str], captions: list[str]) -> torch.Tensor:
         """Mean negative log-likelihood of the captions' tokens, a scalar; what the prompt says is not learned."""
 
-    def num_tokens(self, caption: str) -> int:
-        """How many tokens of a caption the loss is a mean over, its end included."""
-
-    def fit(self, caption: str, max_tokens: int) -> str:
-        """The caption, cut at the last sentence end (else the last word) within `max_tokens`, if it is longer."""
-
-    def add_adapter(self, config: Finetune) -> None:
-        """Make what this family tunes trainable."""
-
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
-        """Name → parameter that training changes."""
-
-    def set_training(self, training: bool) -> None:
-        """Dropout on or off."""
-
+    @abstractmethod
     def save(self, folder: Path) -> None:
         """Write what training changed, in the format that the family's users know."""
 
+    def num_tokens(self, caption: str) -> int:
+        """How many tokens of a caption the loss is a mean over, its end included."""
+        return len(self.text.caption_ids(caption))
 
-def open_captioner(config: CaptionerConfig, device: str, adapter: Path | None = None) -> Captioner:
-    """Load a captioner, with a tuned adapter or as its base is."""
-    if config.family not in REGISTRY:
-        near = difflib.get_close_matches(config.family, REGISTRY, n=1) or list(REGISTRY)
-        raise UserError(f"captioner.family: no captioner {config.family!r}: did you mean {near[0]}?")
-    module, name = REGISTRY[config.family].split(":")
-    return cast(Captioner, getattr(importlib.import_module(module), name).open(config, device, adapter))
+    def fit(self, caption: str, max_tokens: int) -> str:
+        """The caption, cut at the last sentence end (else the last word) within `max_tokens`, if it is longer."""
+        return self.text.fit(caption, max_tokens)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Name → parameter that training changes."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def set_training(self, training: bool) -> None:
+        """Dropout and batch statistics on or off; what is frozen stays as it is when captioning."""
+        self.model.train(training)
+        for module in self.frozen():
+            module.eval()
+
+    def frozen(self) -> list[nn.Module]:
+        """Parts that are not trained, and so never dropped out."""
+        return []
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them, where the model can."""
+        for module in self.model.modules():
+            if getattr(module, "supports_gradient_checkpointing", False):  # the outermost first, which holds the others
+                module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                return
+        warn("finetune.gradient_checkpointing has no effect: this captioner's model can't")
+
+
+def open_captioner(config: CaptionerConfig, device: str, tuned: Path | None = None) -> Captioner:
+    """Load a captioner, as fine-tuning left it or as its base is."""
+    return cast(Captioner, _class(SERVED).open(config)) if config.server else open_tunable(config, device, tuned)
+
+
+def open_tunable(config: CaptionerConfig, device: str, tuned: Path | None = None) -> Tunable:
+    """The same, for one that is to be tuned.
+
+    Raises:
+        UserError: it is at a server, or its checkpoint isn't there or isn't of this family.
+    """
+    if config.server:
+        raise UserError(f"captioner.server: what {config.server} serves can't be tuned here: name the model itself")
+    return cast(Tunable, _class(REGISTRY[config.family]).open(config, device, tuned))
+
+
+def _class(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)

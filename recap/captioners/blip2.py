@@ -1,32 +1,32 @@
-"""BLIP-2 (Li et al. 2023, arXiv 2301.12597) with LoRA (Hu et al. 2021, arXiv 2106.09685) on its language model.
+"""BLIP-2 (Li et al. 2023, arXiv 2301.12597) with LoRA, on OPT or Flan-T5.
 
 The image features are put before the text embeddings by hand, instead of through `<image>` placeholder ids: a wrong
 number of placeholders makes transformers ignore the image, or mix the images of a batch, without an error.
 """
 
-import re
 import warnings
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from PIL import Image
+from torch import nn
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from transformers.utils import logging
 
-from recap.captioners import Caption
+from recap.captioners import Tunable
+from recap.captioners.lora import add_lora, load_lora
+from recap.captioners.text import IGNORE, Caption, Text, next_token_loss, pad
 from recap.config import Captioner as CaptionerConfig
 from recap.config import Finetune, Style
-from recap.errors import UserError
-from recap.pretrained import load_pretrained
-
-IGNORE = -100  # labels that the cross entropy of transformers skips
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from recap.pretrained import load_model, load_pretrained
 
 
-class Blip2:
-    """A BLIP-2 whose language model is a decoder (OPT)."""
+class Blip2(Tunable):
+    """A BLIP-2 whose language model is a decoder (OPT), or an encoder and a decoder (T5)."""
+
+    whole: ClassVar[bool] = False
 
     def __init__(self, model: Any, processor: Blip2Processor, name: str, device: str) -> None:
         self.name = name
@@ -34,137 +34,87 @@ class Blip2:
         self.model = model
         """`Blip2ForConditionalGeneration`, or the `PeftModel` around it."""
         self.base: Blip2ForConditionalGeneration = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.processor, self.tokenizer, self.device = processor, processor.tokenizer, device
-        text = self.base.config.text_config
-        self.bos, self.pad = text.bos_token_id, text.pad_token_id
-        # BLIP-2's OPT ends a caption with "\n" (LAVIS appends it), not with the tokenizer's own EOS.
-        self.eos = text.eos_token_id
+        self.processor, self.device = processor, device
+        self.is_seq2seq = not self.base.config.use_decoder_only_language_model
+        self.text = _text(self.base.config, processor.tokenizer, self.is_seq2seq)
         self.set_training(False)
 
     @classmethod
-    def open(cls, config: CaptionerConfig, device: str, adapter: Path | None) -> Self:
-        """Load base and processor, and a peft adapter on top where one is given."""
+    def open(cls, config: CaptionerConfig, device: str, tuned: Path | None) -> Self:
         logging.disable_progress_bar()
-        processor = load_pretrained(Blip2Processor.from_pretrained, config, "captioner")
-        model, info = load_pretrained(Blip2ForConditionalGeneration.from_pretrained, config, "captioner",
-                                      dtype=DTYPES[config.dtype], use_safetensors=True, output_loading_info=True)
-        if missing := sorted(info["missing_keys"]):  # transformers would leave them random, with a warning
-            raise UserError(f"captioner.model: {config.model} lacks {len(missing)} weights of a BLIP-2, {missing[0]} "
-                            "first: it is another model, or damaged")
-        if not model.config.use_decoder_only_language_model:
-            raise UserError(f"captioner.model: {config.model} has an encoder–decoder language model; "
-                            "choose a BLIP-2 with OPT, e.g. Salesforce/blip2-opt-2.7b")
-        model.requires_grad_(False)
-        if adapter is not None:
-            model = _with_adapter(model, adapter)
-        return cls(model.to(device), processor, config.model, device)
+        model = load_model(Blip2ForConditionalGeneration, config, device)
+        processor = load_pretrained(Blip2Processor.from_pretrained, config, "captioner", weights=device != "meta")
+        return cls(model if tuned is None else load_lora(model, tuned).to(device), processor, config.model, device)
+
+    def prepare(self, config: Finetune, captions: list[str]) -> None:
+        """LoRA on the language model's layers, and on those of Q-Former and vision model that are named."""
+        parts = {"language_model": "language_model", "qformer": "qformer", "vision_model": "vision_model"}
+        self.model = add_lora(self.base, config.lora, parts, self.base.config.text_config.model_type, self.name)
+        self.encoder_is_trained = bool(config.lora.qformer or config.lora.vision_model)
 
     def preprocess(self, images: list[Image.Image]) -> torch.Tensor:
         return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
-    @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """Projected Q-Former outputs, (B, num_query_tokens, D) in the language model's dtype."""
-        pixels = pixel_values.to(self.device, self.base.vision_model.dtype)
-        features = self.base.get_image_features(pixels, return_dict=True).pooler_output
-        return features.to(self.base.language_model.dtype)
+        pixels = pixels.to(self.device, self.base.vision_model.dtype)
+        with torch.set_grad_enabled(self.encoder_is_trained and torch.is_grad_enabled()):
+            features = self.base.get_image_features(pixels, return_dict=True).pooler_output
+            return features.to(self.base.language_model.dtype)
 
     @torch.no_grad()
     def caption(self, features: torch.Tensor, style: Style) -> list[Caption]:
         # Every row has the same prompt, so none is padded, and a caption does not depend on its neighbours.
-        prompt = torch.tensor([self._prompt_ids(style.prompt)], device=features.device)
-        text = self.base.get_input_embeddings()(prompt).to(features.dtype).expand(len(features), -1, -1)
-        embeds = torch.cat([features, text], dim=1)
+        prompt = torch.tensor([self.text.prompt_ids(style.prompt)], device=features.device)
+        embeds = self._after(features, prompt.expand(len(features), -1))
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Passing `no_repeat_ngram_size`")  # what the prompt says may be repeated
             ids = self.base.language_model.generate(
-                inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long,
-                                                                device=embeds.device),
-                max_new_tokens=style.max_new_tokens, do_sample=False, num_beams=style.num_beams,
-                no_repeat_ngram_size=style.no_repeat_ngram_size, eos_token_id=self.eos, pad_token_id=self.pad)
-        return [self._read(row) for row in ids.tolist()]
+                inputs_embeds=embeds, attention_mask=mask, eos_token_id=self.text.end, pad_token_id=self.text.pad,
+                **self.text.decoding(style))
+        # T5's rows begin with the decoder's start token, which is its padding; OPT's hold new tokens only.
+        return [self.text.read(row[self.is_seq2seq:]) for row in ids.tolist()]
 
-    def loss(self, pixel_values: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
-        features = self.encode(pixel_values)
-        rows = [(self._prompt_ids(prompt), [*self._caption_ids(caption), self.eos])
-                for prompt, caption in zip(prompts, captions, strict=True)]
-        length = max(len(prompt) + len(caption) for prompt, caption in rows)
-        ids, labels, mask = (torch.tensor(part, device=features.device)
-                             for part in zip(*(self._padded(*row, length) for row in rows), strict=True))
-        # The image's positions: nothing to predict, everything to attend to.
-        image_labels = torch.full(features.shape[:2], IGNORE, device=features.device)
-        image_mask = torch.ones(features.shape[:2], dtype=mask.dtype, device=features.device)
-        text = self.base.get_input_embeddings()(ids).to(features.dtype)
-        return self.base.language_model(
-            inputs_embeds=torch.cat([features, text], dim=1), attention_mask=torch.cat([image_mask, mask], dim=1),
-            labels=torch.cat([image_labels, labels], dim=1)).loss
+    def loss(self, features: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
+        if self.is_seq2seq:
+            return self._seq2seq_loss(features, prompts, captions)
+        batch = self.text.batch(prompts, captions, features.device)
+        logits = self.base.language_model(
+            inputs_embeds=self._after(features, batch.ids), attention_mask=_seen(features, batch.mask),
+            logits_to_keep=batch.ids.shape[1]).logits  # the image's positions have nothing to predict
+        return next_token_loss(logits, batch.labels)
 
-    def num_tokens(self, caption: str) -> int:
-        return len(self._caption_ids(caption)) + 1
+    def _seq2seq_loss(self, features: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
+        asked = pad([(self.text.prompt_ids(prompt), []) for prompt in prompts], self.text.pad, features.device)
+        said = pad([([], self.text.caption_ids(caption)) for caption in captions], self.text.pad, features.device)
+        logits = self.base.language_model(
+            inputs_embeds=self._after(features, asked.ids), attention_mask=_seen(features, asked.mask),
+            decoder_input_ids=self.base.language_model.prepare_decoder_input_ids_from_labels(said.labels)).logits
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), said.labels.flatten(), ignore_index=IGNORE)
 
-    def fit(self, caption: str, max_tokens: int) -> str:
-        offsets = self.tokenizer(" " + caption, add_special_tokens=False, return_offsets_mapping=True,
-                                 verbose=False)["offset_mapping"]
-        if len(offsets) <= max_tokens:
-            return caption
-        fitting = caption[:offsets[max_tokens - 1][1] - 1]  # less the space in front
-        words_end = max((match.end() for match in re.finditer(r"\S+(?=\s)", caption) if match.end() <= len(fitting)),
-                        default=0)
-        sentence_ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", caption[:words_end + 1])]
-        return caption[:sentence_ends[-1] if sentence_ends else words_end]
+    def _after(self, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Image features and then the embeddings of token ids: (B, N + L, D)."""
+        return torch.cat([features, self.base.get_input_embeddings()(ids).to(features.dtype)], dim=1)
 
-    def add_adapter(self, config: Finetune) -> None:
-        """LoRA on the language model's layers named in `config.lora_targets`; all else stays frozen."""
-        names = "|".join(map(re.escape, config.lora_targets))
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-                          target_modules=rf"language_model\..*\.({names})")
-        try:
-            self.model = get_peft_model(self.base, lora)
-        except ValueError as error:
-            raise UserError(f"finetune.lora_targets: {' '.join(str(error).split())[:200]}") from None
-        # Not the folder of the hub's cache, which is another one on every machine.
-        self.model.peft_config["default"].base_model_name_or_path = self.name
-
-    def trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    def set_training(self, training: bool) -> None:
-        self.model.train(training)
-        self.base.vision_model.eval()  # frozen, so never dropped out
-        self.base.qformer.eval()
+    def frozen(self) -> list[nn.Module]:
+        return [] if self.encoder_is_trained else [self.base.vision_model, self.base.qformer]
 
     def save(self, folder: Path) -> None:
         """A peft adapter folder: `PeftModel.from_pretrained(base, folder)` opens it."""
         self.model.save_pretrained(str(folder), safe_serialization=True)
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        ids = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return [self.bos, *ids]  # by hand: a v5 GPT2Tokenizer adds BOS only when told so in its files
 
-    def _caption_ids(self, caption: str) -> list[int]:
-        return self.tokenizer(" " + caption, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _padded(self, prompt: list[int], caption: list[int], length: int) -> tuple[list[int], list[int], list[int]]:
-        """Token ids, labels (caption and end only) and attention mask, each padded on the right to `length`."""
-        used = len(prompt) + len(caption)
-        fill = length - used
-        return (prompt + caption + [self.pad] * fill, [IGNORE] * len(prompt) + caption + [IGNORE] * fill,
-                [1] * used + [0] * fill)
-
-    def _read(self, ids: list[int]) -> Caption:
-        ended = self.eos in ids
-        ids = ids[:ids.index(self.eos)] if ended else ids
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        visible = "".join(letter if letter.isprintable() else " " for letter in text)
-        return Caption(" ".join(visible.split()), ended)
+def _text(whole: Any, tokenizer: Any, is_seq2seq: bool) -> Text:
+    config = whole.text_config
+    if is_seq2seq:
+        return Text(tokenizer, start=(), end=config.eos_token_id, pad=config.pad_token_id, space="",
+                    stop=(config.eos_token_id,))
+    # BLIP-2's OPT ends a caption with "\n" (LAVIS appends it), not with the tokenizer's own EOS.
+    return Text(tokenizer, start=(config.bos_token_id,), end=config.eos_token_id, pad=config.pad_token_id,
+                max_length=config.max_position_embeddings - whole.num_query_tokens)
 
 
-def _with_adapter(model: Blip2ForConditionalGeneration, adapter: Path) -> PeftModel:
-    if not (adapter / "adapter_config.json").is_file() or not (adapter / "adapter_model.safetensors").is_file():
-        raise UserError(f"captioner.adapter: no peft adapter in {adapter}: it needs adapter_config.json and "
-                        "adapter_model.safetensors, as `recap finetune` writes them")
-    try:
-        return PeftModel.from_pretrained(model, str(adapter), use_safetensors=True)
-    except (ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"captioner.adapter: {adapter} does not fit this base: {reason}") from None
+def _seen(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The text's mask after the image's positions, all of which are attended to."""
+    return torch.cat([torch.ones(features.shape[:2], dtype=mask.dtype, device=mask.device), mask], dim=1)

@@ -11,9 +11,9 @@ from recap.errors import UserError
 from recap.progress import say
 from recap.rundir import hash_files
 from recap.world import base, marker
-from recap.world.base import PARTS, SIZE, unpack
+from recap.world.base import ALL_PARTS, PARTS, SIZE, unpack
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the same settings would give other untrained checkpoints."""
 
 
@@ -53,7 +53,7 @@ def init_untrained(out: Path, size: int = SIZE, seed: int = 0) -> None:
         say(f"{out}: the checkpoints are there already")
         return
     marker.begin(out, settings)
-    for part, (name, _) in PARTS.items():
+    for part, (name, _) in ALL_PARTS.items():
         module = importlib.import_module(f"recap.world.base.{name}")
         temporary = out / f".{part}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -61,4 +61,4 @@ def init_untrained(out: Path, size: int = SIZE, seed: int = 0) -> None:
         module.save(module.build(size), temporary, size)
         publish(temporary, out / part)
     marker.finish(out, settings)
-    say(f"{out}: {', '.join(PARTS)}")
+    say(f"{out}: {', '.join(ALL_PARTS)}")

@@ -24,6 +24,9 @@ PARTS = {"vae": ("vae", 0), "reader": ("reader", 11), "features": ("features", 2
 
 The UNets of the two diffusion models read the same drawings, in orders of their own; their text encoders do not.
 """
+CAPTIONER_PARTS = {"blip": ("blip", 51), "gpt2": ("gpt2", 61), "clip-1": ("clip", 32), "cnn": ("features", 22)}
+"""What captioners of other families begin with. They are not shipped: who compares captioners trains them."""
+ALL_PARTS = PARTS | CAPTIONER_PARTS
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECORDS = ("log.jsonl", "done.json")
 """What is kept of a part's training."""
@@ -41,8 +44,8 @@ def train_base(out: Path, parts: Iterable[str]) -> None:
             training.
     """
     parts = list(parts)
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise UserError(f"no part {unknown[0]!r}: the parts are {', '.join(PARTS)}")
+    if unknown := [part for part in parts if part not in ALL_PARTS]:
+        raise UserError(f"no part {unknown[0]!r}: the parts are {', '.join(ALL_PARTS)}")
     for part in parts:
         stage = StageDir(out / part, _reads(part))
         if stage.state() == "changed":
@@ -62,7 +65,7 @@ def _reads(part: str) -> dict[str, Any]:
     constants = {f"{module.__name__.rpartition('.')[2]}.{name}": asdict(value) if name == "SCHEDULE" else value
                  for module in modules for name, value in vars(module).items() if name.isupper()}
     drawings = {"num_base": NUM_BASE} if len(modules) > 1 else {}
-    return {"seed": PARTS[part][1], "size": SIZE, **drawings,
+    return {"seed": ALL_PARTS[part][1], "size": SIZE, **drawings,
             **{name: value for name, value in constants.items() if _is_data(value)}}
 
 
@@ -75,7 +78,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _train(part: str, stage: StageDir, out: Path) -> dict[str, float]:
-    module, seed = next(_modules(part)), PARTS[part][1]
+    module, seed = next(_modules(part)), ALL_PARTS[part][1]
     if hasattr(module, "TRAIN"):
         return _train_diffusion(module, part, seed, stage, out)
     result: dict[str, float] = module.train(stage, seed, SIZE, module.SCHEDULE)
@@ -96,7 +99,7 @@ def _train_diffusion(module: Any, part: str, seed: int, stage: StageDir, out: Pa
 
 def _modules(part: str) -> Iterator[Any]:
     """That which makes it, and that of a pipeline's text encoder; imported late, as each loads a library of its own."""
-    name = PARTS[part][0]
+    name = ALL_PARTS[part][0]
     for each in (name, "text_encoder") if name == "stable_diffusion" else (name,):
         yield importlib.import_module(f"recap.world.base.{each}")
 

@@ -219,14 +219,15 @@ def opt_tokenizer() -> Any:
     trained.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=OPT_VOCAB_SIZE, special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    trained.train_from_iterator(_texts(), trainer)
+    trained.train_from_iterator(world_texts(), trainer)
     bpe = json.loads(trained.to_str())["model"]
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     merges: Any = [tuple(pair) for pair in bpe["merges"]]  # annotated as strings, read as pairs
     return GPT2Tokenizer(vocab=bpe["vocab"], merges=merges, add_bos_token=True, **special)
 
 
-def _texts() -> list[str]:
+def world_texts() -> list[str]:
+    """What the world's tokenizers are learned from."""
     texts = []
     for index in range(NUM_TOKENIZER_SCENES):
         rng = Random(f"tokenizer/{index}")

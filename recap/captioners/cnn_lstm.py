@@ -1,0 +1,222 @@
+"""Show and Tell (Vinyals et al. 2015, arXiv 1411.4555): a CNN's features, told by an LSTM; or with attention to them.
+
+With attention, each word is chosen by what the LSTM knows and by the regions that it attends to, as in Show, Attend and
+Tell (Xu et al. 2015, arXiv 1502.03044). The attention stands behind the LSTM (Luong et al. 2015, arXiv 1508.04025), so
+that all words of a caption are trained at once.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import timm
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+from transformers import GenerationMixin, GPT2Tokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.utils import logging
+
+from recap.captioners import Tunable
+from recap.captioners.text import Caption, Text, next_token_loss
+from recap.captioners.vocabulary import learn_vocabulary
+from recap.config import Captioner as CaptionerConfig
+from recap.config import CnnLstm as Config
+from recap.config import Finetune, Model, Style
+from recap.errors import UserError
+from recap.pretrained import load_model, load_pretrained
+
+
+class ShowTellConfig(PreTrainedConfig):
+    """Of `ShowTell`: timm's name for the CNN and how it sees, and the sizes of the LSTM."""
+
+    model_type = "recap_cnn_lstm"
+
+    encoder: str = "resnet50"
+    """timm's name of the architecture."""
+    encoder_args: dict[str, Any] | None = None
+    """What timm is given beside the name."""
+    image_size: int = 224
+    mean: tuple[float, ...] | list[float] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] | list[float] = (0.229, 0.224, 0.225)
+    attention: bool = True
+    vocab_size: int = 10_000
+    hidden_size: int = 512
+    num_hidden_layers: int = 1
+    dropout: float = 0.1
+    is_trained_encoder: bool = False
+    """Whether the CNN has learnt to see by captioning alone."""
+
+
+class ShowTell(PreTrainedModel, GenerationMixin):
+    """A timm CNN and an LSTM. A caption's states are computed anew for every word; an LSTM's are cheap."""
+
+    config_class = ShowTellConfig
+    base_model_prefix = "show_tell"
+    main_input_name = "input_ids"
+    _is_stateful = True  # generate keeps no cache of keys and values: there are none
+
+    def __init__(self, config: ShowTellConfig) -> None:
+        super().__init__(config)
+        self.encoder: Any = timm.create_model(config.encoder, num_classes=0, global_pool="",
+                                              **(config.encoder_args or {}))
+        width = config.hidden_size
+        # A CNN's features come in any scale, an LSTM's words in one.
+        num_features = self.encoder.num_features
+        self.project = nn.Sequential(nn.LayerNorm(num_features), nn.Linear(num_features, width))
+        self.words = nn.Embedding(config.vocab_size, width)
+        self.lstm = nn.LSTM(width, width, config.num_hidden_layers, batch_first=True,
+                            dropout=config.dropout if config.num_hidden_layers > 1 else 0)
+        for name, bias in self.lstm.named_parameters():
+            # Open the forget gate (of i, f, g, o), so that the image is still there after the prompt (Jozefowicz et al.
+            # 2015): else it takes thousands of steps.
+            if name.startswith("bias_hh"):
+                nn.init.constant_(bias.data[width:2 * width], 3.0)
+        self.attend = nn.MultiheadAttention(width, 1, batch_first=True) if config.attention else None
+        self.combine = nn.Linear(2 * width, width) if config.attention else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.tell = nn.Linear(width, config.vocab_size)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: torch's own first weights suit an LSTM; transformers' are for Transformers, and hide the image."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) → the CNN's last feature map as regions, (B, H'·W', C)."""
+        found: torch.Tensor = self.encoder.forward_features(pixels)
+        return found.flatten(2).transpose(1, 2) if found.ndim == 4 else found
+
+    def forward(self, input_ids: torch.Tensor, regions: torch.Tensor, attention_mask: torch.Tensor | None = None,
+                **kwargs: Any) -> CausalLMOutput:
+        """Logits (B, L, V) of the token after each of `input_ids` (B, L), given regions (B, N, C).
+
+        Rows are padded on the right, where an LSTM has not been yet: no mask is needed.
+        """
+        seen = self.project(regions)
+        # The image is the LSTM's first word (Vinyals et al., equation 10).
+        told, _ = self.lstm(torch.cat([seen.mean(dim=1, keepdim=True), self.dropout(self.words(input_ids))], dim=1))
+        told = told[:, 1:]
+        if self.attend is not None and self.combine is not None:
+            context, _ = self.attend(told, seen, seen, need_weights=False)
+            told = torch.tanh(self.combine(torch.cat([told, context], dim=-1)))
+        return CausalLMOutput(logits=self.tell(self.dropout(told)))
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, regions: torch.Tensor,
+                                      **kwargs: Any) -> dict[str, Any]:
+        return {"input_ids": input_ids, "regions": regions}
+
+
+class CnnLstm(Tunable):
+    """`ShowTell`, trained from scratch on a CNN that is kept as it is, or trained too."""
+
+    def __init__(self, config: CaptionerConfig, device: str) -> None:
+        self.config, self.device = config, device
+
+    @classmethod
+    def open(cls, config: CaptionerConfig, device: str, tuned: Path | None) -> Self:
+        """A whole captioner where there is one; else it is put together when it is prepared for tuning."""
+        logging.disable_progress_bar()
+        captioner = cls(config, device)
+        if tuned is not None or config.model:
+            whole = config.model_copy(update={"model": str(tuned or config.model)})
+            tokenizer = load_pretrained(GPT2Tokenizer.from_pretrained, whole, "captioner", weights=False)
+            captioner._take(load_model(ShowTell, whole, device), tokenizer)
+        return captioner
+
+    def prepare(self, config: Finetune, captions: list[str]) -> None:
+        """Train the LSTM; the CNN where it is asked for, or was never trained."""
+        if not hasattr(self, "model"):
+            tokenizer = learn_vocabulary(captions, self.config.cnn_lstm.vocab_size)
+            # From the configuration alone, with no caption seen, the vocabulary is taken to be full.
+            vocab_size = len(tokenizer) if captions else self.config.cnn_lstm.vocab_size
+            self._take(_assembled(self.config.cnn_lstm, vocab_size, self.device), tokenizer)
+        self.encoder_is_trained = self.config.cnn_lstm.train_encoder or self.model.config.is_trained_encoder
+        self.model.float().requires_grad_(True)
+        self.model.encoder.requires_grad_(self.encoder_is_trained)
+
+    def _take(self, model: Any, tokenizer: Any) -> None:
+        self.model = model.to(self.device)
+        self.text = Text(tokenizer, start=(tokenizer.eos_token_id,), end=tokenizer.eos_token_id,
+                         pad=tokenizer.pad_token_id)
+        config = model.config
+        self.transform: Any = create_transform((3, config.image_size, config.image_size), interpolation="bicubic",
+                                               mean=tuple(config.mean), std=tuple(config.std), crop_pct=1.0,
+                                               crop_mode="squash")  # nothing is cropped away that a caption speaks of
+        self.set_training(False)
+
+    def preprocess(self, images: list[Image.Image]) -> torch.Tensor:
+        if not hasattr(self, "model"):
+            raise UserError("captioner: a CNN–LSTM put together from parts can't caption before it is tuned: name a "
+                            "whole one in captioner.model, or tune this first")
+        return torch.stack([self.transform(image) for image in images])
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The CNN's regions, (B, H'·W', C)."""
+        with torch.set_grad_enabled(self.encoder_is_trained and torch.is_grad_enabled()):
+            return self.model.see(pixels.to(self.device, self.model.dtype))
+
+    @torch.no_grad()
+    def caption(self, features: torch.Tensor, style: Style) -> list[Caption]:
+        prompt = torch.tensor([self.text.prompt_ids(style.prompt)], device=features.device).expand(len(features), -1)
+        ids = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), regions=features, use_cache=False,
+                                  eos_token_id=self.text.end, pad_token_id=self.text.pad, **self.text.decoding(style))
+        return [self.text.read(row[prompt.shape[1]:]) for row in ids.tolist()]
+
+    def loss(self, features: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
+        batch = self.text.batch(prompts, captions, features.device)
+        return next_token_loss(self.model(batch.ids, features).logits, batch.labels)
+
+    def frozen(self) -> list[nn.Module]:
+        """The CNN; of one that is trained, its batch statistics, so that a loss depends on no neighbour."""
+        if not self.encoder_is_trained:
+            return [self.model.encoder]
+        return [module for module in self.model.encoder.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def save(self, folder: Path) -> None:
+        """A transformers folder, which `ShowTell.from_pretrained(folder)` opens."""
+        self.model.save_pretrained(str(folder))
+        self.text.tokenizer.save_pretrained(str(folder))
+
+
+def _assembled(config: Config, vocab_size: int, device: str) -> ShowTell:
+    """A new LSTM on a timm CNN, which is trained where the configuration names a checkpoint."""
+    where = "captioner.cnn_lstm.encoder"
+    if config.is_from_scratch:
+        try:
+            cnn: Any
+            arguments: dict[str, Any]
+            cnn, arguments = timm.create_model(config.encoder, num_classes=0, global_pool=""), {}
+        except RuntimeError as error:
+            raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
+    else:
+        cnn, arguments = load_pretrained(lambda folder: _open_timm(Path(folder), device), Model(model=config.encoder),
+                                         where, weights=device != "meta")
+    seen = resolve_model_data_config(cnn)
+    settings = ShowTellConfig(
+        encoder=cnn.pretrained_cfg["architecture"], encoder_args=arguments, mean=seen["mean"], std=seen["std"],
+        image_size=config.image_size or seen["input_size"][-1], attention=config.attention, vocab_size=vocab_size,
+        hidden_size=config.hidden_size, num_hidden_layers=config.num_layers, dropout=config.dropout,
+        is_trained_encoder=config.is_from_scratch)
+    with torch.device(device if device == "meta" else "cpu"):
+        model = ShowTell(settings)
+    if device != "meta":
+        model.encoder = cnn
+    return model
+
+
+def _open_timm(folder: Path, device: str) -> tuple[Any, dict[str, Any]]:
+    """A timm model from a folder, and what it is made of beside its name; weights only from safetensors."""
+    arguments = json.loads((folder / "config.json").read_bytes()).get("model_args") or {}
+    if device == "meta":
+        return timm.create_model(f"local-dir:{folder}", num_classes=0, global_pool=""), arguments
+    if not (folder / "model.safetensors").is_file():
+        raise ValueError(f"no model.safetensors in {folder} (pickled weights are not opened)")
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0, global_pool=""), arguments
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error

@@ -1,0 +1,133 @@
+"""Captions as a language model's tokens: prompt, caption and end, padded on the right."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from recap.config import Style
+from recap.errors import UserError
+
+IGNORE = -100
+"""Labels that the cross entropy skips."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caption:
+    """What a captioner says of an image in one style."""
+
+    text: str
+    ended: bool
+    """Whether the captioner ended by itself, before the style's token limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token rows of equal length."""
+
+    ids: torch.Tensor
+    """(B, L) int64: prompt, caption, end, padding."""
+    labels: torch.Tensor
+    """(B, L) int64: the caption and its end; `IGNORE` elsewhere."""
+    mask: torch.Tensor
+    """(B, L) int64: 1, and 0 on padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """The tokens of one captioner."""
+
+    tokenizer: Any
+    """A fast tokenizer of transformers."""
+    start: tuple[int, ...]
+    """What every row begins with: BOS, where the model has one."""
+    end: int
+    """Ends a caption; the model's own, which is not always the tokenizer's."""
+    pad: int
+    space: str = " "
+    """Before a caption, where the tokenizer takes the space for a part of the word that follows."""
+    stop: tuple[int, ...] = ()
+    """What ends a prompt: an encoder's EOS."""
+    max_length: int | None = None
+    """Positions that the model has for prompt and caption together; None where it has no limit."""
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Start and prompt. By hand: whether a tokenizer adds BOS depends on its files and on transformers' version."""
+        return [*self.start, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"], *self.stop]
+
+    def caption_ids(self, caption: str) -> list[int]:
+        """A caption with its end."""
+        ids = self.tokenizer(self.space + caption, add_special_tokens=False, verbose=False)["input_ids"]
+        return [*ids, self.end]
+
+    def batch(self, prompts: list[str], captions: list[str], device: str | torch.device) -> Batch:
+        rows = [(self.prompt_ids(prompt), self.caption_ids(caption))
+                for prompt, caption in zip(prompts, captions, strict=True)]
+        return pad(rows, self.pad, device)
+
+    def room(self, prompt: str) -> int | None:
+        """The longest caption, in tokens without its end, that the model has positions for after a prompt."""
+        return None if self.max_length is None else self.max_length - len(self.prompt_ids(prompt)) - 1
+
+    def decoding(self, style: Style) -> dict[str, Any]:
+        """What a style asks of transformers' `generate`.
+
+        Raises:
+            UserError: the model has no positions for so long a caption.
+        """
+        room = self.room(style.prompt)
+        if room is not None and style.max_new_tokens > room:
+            raise UserError(f"styles: max_new_tokens={style.max_new_tokens} after {style.prompt!r}, but this captioner "
+                            f"has positions for {room}: lower it")
+        return decoding(style)
+
+    def fit(self, caption: str, max_tokens: int) -> str:
+        """The caption, cut at the last sentence end (else the last word) within `max_tokens`, if it is longer."""
+        offsets = self.tokenizer(self.space + caption, add_special_tokens=False, return_offsets_mapping=True,
+                                 verbose=False)["offset_mapping"]
+        if len(offsets) <= max_tokens:
+            return caption
+        fitting = offsets[max_tokens - 1][1] - len(self.space)
+        words_end = max((match.end() for match in re.finditer(r"\S+(?=\s)", caption) if match.end() <= fitting),
+                        default=0)
+        sentence_ends = [match.end() for match in re.finditer(r"[.!?](?=\s)", caption[:words_end + 1])]
+        return caption[:sentence_ends[-1] if sentence_ends else words_end]
+
+    def read(self, ids: list[int]) -> Caption:
+        """New tokens → caption: up to the end, without special tokens, one line, no control characters."""
+        ended = self.end in ids
+        text = self.tokenizer.decode(ids[:ids.index(self.end)] if ended else ids, skip_special_tokens=True)
+        return Caption(visible(text), ended)
+
+
+def pad(rows: list[tuple[list[int], list[int]]], fill: int, device: str | torch.device) -> Batch:
+    """(prompt, caption) token rows → a batch, padded on the right with `fill`."""
+    length = max(len(prompt) + len(caption) for prompt, caption in rows)
+    padded = [(prompt + caption, [IGNORE] * len(prompt) + caption, length - len(prompt) - len(caption))
+              for prompt, caption in rows]
+    return Batch(torch.tensor([ids + [fill] * rest for ids, _, rest in padded], device=device),
+                 torch.tensor([labels + [IGNORE] * rest for _, labels, rest in padded], device=device),
+                 torch.tensor([[1] * len(ids) + [0] * rest for ids, _, rest in padded], device=device))
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of the labels, each given the logits one position before it.
+
+    Args:
+        logits: (B, L, V).
+        labels: (B, L) int64, `IGNORE` where nothing is to be predicted.
+    """
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
+
+
+def visible(text: str) -> str:
+    """One line, without control characters."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def decoding(style: Style) -> dict[str, Any]:
+    """What a style asks of `generate`. Beams and greedy search: no caption is drawn by lot."""
+    return {"max_new_tokens": style.max_new_tokens, "do_sample": False, "num_beams": style.num_beams,
+            "no_repeat_ngram_size": style.no_repeat_ngram_size}
