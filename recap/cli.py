@@ -80,6 +80,18 @@ def _run(verb: str | None, config: Path, overrides: list[str] | None, dry_run: b
 
 
 @app.command()
+def compare(
+    config: ConfigFile, overrides: Overrides = None, redo: Redo = False,
+    downstream: Annotated[bool, typer.Option("--downstream", help="Train arms on each one's captions, too.")] = False,
+) -> None:
+    """Tune captioners of several families on the same images, and score them on the same others."""
+    from eval.captioners import compare as run
+    from recap import pipeline
+    from recap.config import load
+    run(load(config, overrides or [], pipeline.Experiment), downstream, redo)
+
+
+@app.command()
 def config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the resolved configuration: defaults, file and overrides."""
     from recap import pipeline

@@ -175,7 +175,7 @@ class Captioner(Model):
 
     @model_validator(mode="before")
     @classmethod
-    def _find_family(cls, content: Any) -> Any:
+    def _check_family(cls, content: Any) -> Any:
         if not isinstance(content, dict):
             return content
         family = content.get("family", "blip2")
@@ -183,7 +183,13 @@ class Captioner(Model):
             near = difflib.get_close_matches(str(family), FAMILIES, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the families are {', '.join(FAMILIES)}"
             raise ValueError(f"no captioner family {family!r}: {hint}")
-        return {"model": DEFAULT_CAPTIONERS[family]} | content
+        return content
+
+    @model_validator(mode="after")
+    def _take_the_familys_model(self) -> "Captioner":
+        if "model" not in self.model_fields_set:  # and it stays unset, for a captioner that differs in its family
+            self.__dict__["model"] = DEFAULT_CAPTIONERS[self.family]
+        return self
 
     @model_validator(mode="after")
     def _fits_the_family(self) -> "Captioner":
@@ -325,6 +331,8 @@ class Finetune(Table):
     lora: Lora = Lora()
     augment: Augment = Augment()
     validation: Validation = Validation()
+    test_share: float = Field(0, ge=0, lt=1)
+    """Of the images, held out from training and validation both: what `recap compare` scores captioners on."""
     cache_features: bool = False
     """Encode every image once and keep the result on disk: where the vision model is frozen and nothing augmented."""
     max_tokens: int = Field(256, ge=1)
@@ -343,6 +351,31 @@ class Finetune(Table):
             raise ValueError("shards and dataset: give one of them")
         if self.cache_features and not self.augment.is_off:
             raise ValueError("cache_features keeps what was seen of an image, and augment changes it: leave one out")
+        return self
+
+
+class Compare(Table):
+    """Captioners to compare: each is this experiment with some values of its own."""
+
+    captioners: dict[Name, dict[str, Any]] = Field(min_length=1)
+    """Name → tables that differ (`captioner.family = "blip"`, `finetune.lr = 1e-4`). `captioner.tuned = "none"` is the
+    base as it is. All learn from the same images and are scored on the same others, `finetune.test_share` of them."""
+    baseline: Name | None = None
+    """The one that the others are compared with; by default the first."""
+    num_images: int = Field(1000, ge=2)
+    """At most so many images are captioned and scored."""
+    batch_size: int = Field(32, ge=1)
+    """Images captioned at once."""
+    meteor: bool = False
+    """METEOR too; needs Java and pycocoevalcap."""
+    num_samples: int = Field(12, ge=0)
+    """Images on the page."""
+
+    @model_validator(mode="after")
+    def _baseline_is_there(self) -> "Compare":
+        if self.baseline is not None and self.baseline not in self.captioners:
+            raise ValueError(f"compare.baseline: no captioner {self.baseline!r} there: take one of "
+                             f"{', '.join(self.captioners)}")
         return self
 
 

@@ -5,10 +5,12 @@
 Several processes (torchrun, accelerate launch) share every batch; on the CPU a resumed run ends with equal bits.
 """
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from recap import progress
 from recap.caption_sets import CaptionedImage, read_dataset, read_shards, split
@@ -17,13 +19,14 @@ from recap.config import Captioner as CaptionerConfig
 from recap.config import Dataset, Finetune, Style
 from recap.errors import UserError
 from recap.pairs import Batches, Features, Pair, to_pairs, usable
-from recap.processes import open_accelerator
+from recap.processes import one_voice, open_accelerator
 from recap.rundir import StageDir
 from recap.shards import Reject, expand
 from recap.training import Training, with_steps
 from recap.validation import Validator
 
 FEATURES = "features.npy"
+QUARANTINE = "quarantine.jsonl"
 
 
 def run(stage: StageDir, shards: list[str], config: Finetune, captioner_config: CaptionerConfig,
@@ -37,6 +40,15 @@ def run(stage: StageDir, shards: list[str], config: Finetune, captioner_config: 
         device: `cpu` keeps accelerate off the GPUs; else it takes those it finds.
     """
     accelerator = open_accelerator(config.precision, device)
+    with one_voice(accelerator):
+        return _run(accelerator, stage, shards, config, captioner_config, styles)
+
+
+def _run(accelerator: Accelerator, stage: StageDir, shards: list[str], config: Finetune,
+         captioner_config: CaptionerConfig, styles: dict[str, Style]) -> dict[str, Any]:
+    if config.batch_size < accelerator.num_processes:
+        raise UserError(f"finetune.batch_size={config.batch_size} is less than the {accelerator.num_processes} "
+                        "processes that share a batch: raise it")
     captioner = open_tunable(captioner_config, str(accelerator.device))
     with accelerator.main_process_first():  # it leaves what it found for the others to read
         held_in, held_out = read_images(stage.path, shards, config, styles)
@@ -46,19 +58,19 @@ def run(stage: StageDir, shards: list[str], config: Finetune, captioner_config: 
     config = with_steps(config, len(pairs))
     with accelerator.main_process_first():
         features = _kept(stage.path, [*pairs, *validation], captioner, config) if config.cache_features else None
-    batches = Batches(pairs, config, captioner.num_tokens, None if features else captioner.preprocess,
+    batches = Batches(pairs, config, functools.cache(captioner.num_tokens), None if features else captioner.preprocess,
                       accelerator.process_index, accelerator.num_processes)
     validator = Validator(captioner, pairs, validation, styles, config, features)
     training = Training(stage, accelerator, captioner, styles, config, features)
     with progress.bar("finetune", training.num_steps * config.batch_size, training.done * config.batch_size) as bar:
         for parts in batches.loader(range(training.done, training.num_steps)):
+            if training.has_stopped:  # asked first: a run that was killed after its last step must take no other
+                break
             training.step(parts, bar)
             if validator.is_due(training.done):
                 training.validate(validator)
             if training.done % config.checkpoint_every == 0:
                 training.save()
-            if training.has_stopped:
-                break
     result = training.finish() | {"images": len(held_in), "pairs": len(pairs), "captions_cut": num_cut}
     (stage.path / FEATURES).unlink(missing_ok=True)
     return result
@@ -70,13 +82,21 @@ def run(stage: StageDir, shards: list[str], config: Finetune, captioner_config: 
 def read_images(folder: Path, shards: list[str], config: Finetune,
                 styles: dict[str, Style]) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
     """The images to train on, and those held out: no image is in both."""
-    held_in = _usable(folder / "quarantine.jsonl", *_read(shards, config.dataset, styles), config)
+    images = _usable(folder / QUARANTINE, *_read(shards, config.dataset, styles), config)
+    held_in, _ = split(images, config.test_share, config.seed)
     validation = config.validation
     if validation.shards or validation.dataset:
         given = expand(validation.shards, "finetune.validation.shards") if validation.shards else []
         found = _read(given, validation.dataset, styles)
         return held_in, _usable(folder / "validation_quarantine.jsonl", *found, config)
     return split(held_in, validation.share, config.seed) if validation.share else (held_in, [])
+
+
+def read_test_images(folder: Path, shards: list[str], config: Finetune,
+                     styles: dict[str, Style]) -> list[CaptionedImage]:
+    """The images that are neither trained nor validated on; `folder` gets a quarantine file, as fine-tuning's has."""
+    images = _usable(folder / QUARANTINE, *_read(shards, config.dataset, styles), config)
+    return split(images, config.test_share, config.seed)[1]
 
 
 def _usable(path: Path, images: list[CaptionedImage], rejects: list[Reject], config: Finetune) -> list[CaptionedImage]:

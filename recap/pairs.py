@@ -56,7 +56,8 @@ def usable(images: list[CaptionedImage], rejects: list[Reject], path: Path, num_
     Decoding all takes minutes where there are many, so that where the file is there, it is believed.
     """
     if path.exists():
-        bad = {json.loads(line)["key"] for line in path.read_text().splitlines()}
+        # Not the first rows, `rejects`: an image that lost one of its captions there is used for the others.
+        bad = {json.loads(line)["key"] for line in path.read_text().splitlines()[len(rejects):]}
         return [image for image in images if image.uid not in bad]
     loader = DataLoader(_Check([image.image for image in images]), batch_size=None, num_workers=num_workers)
     found: list[CaptionedImage] = []

@@ -29,6 +29,7 @@ from recap import pretrained, progress
 from recap.config import (
     DEFAULT_STYLES,
     Captioner,
+    Compare,
     Data,
     Dataset,
     Finetune,
@@ -74,6 +75,8 @@ class Experiment(Table):
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
     report: Report = Report()
+    compare: Compare | None = None
+    """For `recap compare`."""
 
     @model_validator(mode="before")
     @classmethod
@@ -149,12 +152,13 @@ def run(exp: Experiment, verb: str | None = None, redo: bool = False) -> None:
         stage.dir  # noqa: B018  (what is missing is said now, not after hours of the stages before)
     with lock(Path(exp.runs) / exp.name):
         for place, stage in enumerate(chosen, 1):
-            _do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", redo)
+            do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", redo)
     if summary := chosen[-1].dir.result().get("summary"):
         print(f"\n{summary}\n\nThe report: {chosen[-1].path / 'index.html'}")
 
 
-def _do(stage: Stage, label: str, redo: bool) -> None:
+def do(stage: Stage, label: str, redo: bool) -> None:
+    """Do one stage, unless it is done; what stands there of other settings is refused, or with `redo` made again."""
     state = stage.dir.state()
     if state == "done":
         progress.say(f"{label}: done before")
@@ -238,7 +242,7 @@ class Plan:
 
     def stitch(self) -> Stage:
         exp, config = self.exp, self.exp.stitch
-        inputs = self._shards(config.shards, "stitch.shards")
+        inputs = self.shards(config.shards, "stitch.shards")
         return self._stage("stitch", "stitch", "recap.stitch:run", [], lambda: {
             "stitch": config, "styles": list(exp.styles), "alt_text": exp.data.alt_text, "inputs": inputs.identity,
             "checkpoint": _checkpoint(config.detr, "stitch.detr") if "detr" in config.experts else None,
@@ -246,7 +250,7 @@ class Plan:
 
     def finetune(self, stitch: Stage | None) -> Stage:
         exp, config = self.exp, self.exp.finetune
-        inputs = None if config.dataset else self._shards(config.shards, "finetune.shards")
+        inputs = None if config.dataset else self.shards(config.shards, "finetune.shards")
         held_out = config.validation.shards
 
         def reads() -> dict[str, Any]:
@@ -266,7 +270,7 @@ class Plan:
 
     def relabel(self, finetune: Stage | None) -> Stage:
         exp = self.exp
-        inputs = self._shards(exp.relabel.shards, "relabel.shards")
+        inputs = self.shards(exp.relabel.shards, "relabel.shards")
         return self._stage("relabel", "relabel", "recap.relabel:run", [finetune], lambda: {
             "relabel": exp.relabel, "styles": exp.styles, "captioner": exp.captioner.own(),
             "alt_text": exp.data.alt_text, "inputs": inputs.identity,
@@ -277,7 +281,7 @@ class Plan:
 
     def train(self, seed: int, arm: str, relabel: Stage | None) -> Stage:
         exp = self.exp
-        inputs = self._shards(exp.train.shards, "train.shards")
+        inputs = self.shards(exp.train.shards, "train.shards")
         return self._stage("train", f"seed-{seed}/train/{arm}", "train_t2i.train:run", [relabel], lambda: {
             "train": exp.train, "arm": exp.arm[arm].model_dump(exclude={"guidance_scale"}), "seed": seed,
             "inputs": relabel.dir.fingerprint if relabel else inputs.identity,
@@ -353,7 +357,7 @@ class Plan:
             return result
         return Stage(verb, self.root / folder, reads, work, [need for need in needs if need])
 
-    def _shards(self, patterns: str | list[str] | None, where: str) -> Inputs:
+    def shards(self, patterns: str | list[str] | None, where: str) -> Inputs:
         return Inputs(patterns, where) if patterns is not None else Inputs(self.exp.data.shards, "data.shards")
 
     @property

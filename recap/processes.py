@@ -1,12 +1,19 @@
 """The processes of a training, by accelerate: one, or as many as torchrun or `accelerate launch` started."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
+from recap.errors import UserError
+
 PATIENCE = timedelta(hours=12)
 """How long processes wait for the first one, which may have to check and encode all images."""
+SILENCE = 5.0
+"""Seconds that a launcher needs to notice that a process has ended, and to end the others."""
 
 
 def open_accelerator(precision: str, device: str) -> Accelerator:
@@ -20,3 +27,20 @@ def open_accelerator(precision: str, device: str) -> Accelerator:
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision, cpu=device == "cpu",
                        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
+
+
+@contextmanager
+def one_voice(accelerator: Accelerator) -> Iterator[None]:
+    """Let one process alone say why all of them end.
+
+    What the user can mend is mostly wrong for every process, and the first one says it. What the others then run into
+    is that it has gone. So they keep silent until the launcher ends them; a process that alone is in trouble is
+    still there afterwards, and speaks.
+    """
+    try:
+        yield
+    except Exception as error:
+        says_it = accelerator.is_main_process and isinstance(error, UserError)
+        if accelerator.num_processes > 1 and not says_it:
+            time.sleep(SILENCE)
+        raise

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from recap import checkpoint, progress
@@ -39,6 +40,8 @@ class History:
     """Validations since the best one."""
     seconds: float = 0.0
     """Of training, validations not counted."""
+    recent: list[float] = field(default_factory=list)
+    """Training losses since the last entry of `losses`."""
 
 
 def with_steps(config: Finetune, num_pairs: int) -> Finetune:
@@ -68,9 +71,6 @@ class Training:
 
     def __init__(self, stage: StageDir, accelerator: Accelerator, captioner: Tunable, styles: dict[str, Style],
                  config: Finetune, features: Features | None) -> None:
-        if config.batch_size < accelerator.num_processes:
-            raise UserError(f"finetune.batch_size={config.batch_size} is less than the {accelerator.num_processes} "
-                            "processes that share a batch: raise it")
         self.stage, self.accelerator, self.captioner, self.features = stage, accelerator, captioner, features
         self.styles, self.config, self.num_steps = styles, config, config.steps or DEFAULT_STEPS
         if config.gradient_checkpointing:
@@ -79,7 +79,6 @@ class Training:
         optimizer = torch.optim.AdamW(_groups(self.parameters, config.weight_decay), lr=config.lr, fused=True)
         self.history = _resume(stage, self.parameters, optimizer)
         self.loss, self.optimizer = accelerator.prepare(Loss(captioner), optimizer, device_placement=[False, False])
-        self.recent: list[float] = []
         self.clock = time.perf_counter()
         captioner.set_training(True)
 
@@ -100,7 +99,9 @@ class Training:
         Raises:
             UserError: loss or gradient is not finite. Nothing of it has reached the weights, nor a checkpoint.
         """
-        torch.manual_seed(self.config.seed * SEED_STRIDE + self.done)  # dropout
+        seed = self.config.seed * SEED_STRIDE + self.done
+        # For dropout, which no two processes draw alike.
+        torch.manual_seed(seed * self.accelerator.num_processes + self.accelerator.process_index)
         loss = self._backward(parts)
         norm: Any = self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -111,7 +112,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         self.history.step += 1
         self._tick(counts=True)
-        self.recent.append(loss)
+        self.history.recent.append(loss)
         bar.update(self.config.batch_size)
         if self.done % LOG_EVERY == 0 or self.done == self.num_steps:
             self._log(bar)
@@ -130,15 +131,16 @@ class Training:
         return float(self.accelerator.reduce(total, "sum").item())
 
     def _refuse(self, parts: list[MicroBatch], loss: float) -> None:
-        keys = [pair.uid for part in parts for pair in part.pairs]
-        self.stage.log(event="not finite", step=self.done + 1, loss=str(loss), keys=keys)
+        keys = gather_object([pair.uid for part in parts for pair in part.pairs])
+        if self.accelerator.is_main_process:
+            self.stage.log(event="not finite", step=self.done + 1, loss=str(loss), keys=keys)
         found = f"loss is {loss}" if not math.isfinite(loss) else "gradient is not finite"
         raise UserError(f"finetune: the {found} at step {self.done + 1}, with {', '.join(keys[:4])}… (all in "
                         f"{self.stage.path / 'log.jsonl'}): lower finetune.lr; the last good checkpoint is kept")
 
     def _log(self, bar: Any) -> None:
-        loss = sum(self.recent) / len(self.recent)
-        self.recent.clear()
+        loss = sum(self.history.recent) / len(self.history.recent)
+        self.history.recent.clear()
         self.history.losses.append([self.done, loss])
         bar.set_postfix_str(f"loss {loss:.4f}")
         if self.accelerator.is_main_process:

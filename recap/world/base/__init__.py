@@ -24,7 +24,8 @@ PARTS = {"vae": ("vae", 0), "reader": ("reader", 11), "features": ("features", 2
 
 The UNets of the two diffusion models read the same drawings, in orders of their own; their text encoders do not.
 """
-CAPTIONER_PARTS = {"blip": ("blip", 51), "gpt2": ("gpt2", 61), "clip-1": ("clip", 32), "cnn": ("features", 22)}
+CAPTIONER_PARTS = {"blip": ("blip", 51), "llava": ("llava", 71), "gpt2": ("gpt2", 61), "clip-1": ("clip", 32),
+                   "cnn": ("features", 22)}
 """What captioners of other families begin with. They are not shipped: who compares captioners trains them."""
 ALL_PARTS = PARTS | CAPTIONER_PARTS
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"

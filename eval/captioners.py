@@ -1,0 +1,179 @@
+"""`recap compare`: captioners side by side, tuned on the same images and scored on the same others.
+
+    fine-tune each → caption the test images → score → one table (and, downstream, train Stable Diffusion on each)
+
+Each captioner is the experiment with values of its own, in a run of its own below `runs/NAME/compare/`. Everything is
+skipped that is already done.
+"""
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.captioner_table import Scored, page, score, table
+from recap import pipeline, progress
+from recap.caption_sets import CaptionedImage
+from recap.captioners import Captioner, Tunable, open_captioner
+from recap.config import Augment, Compare, validate
+from recap.errors import UserError
+from recap.finetune import read_test_images
+from recap.pairs import Pair, open_image
+from recap.pipeline import Experiment, Plan, Stage
+from recap.rundir import StageDir, lock
+from recap.shards import write_bytes, write_json
+
+SEED = 0
+"""Of resampling."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A captioner of the comparison."""
+
+    name: str
+    exp: Experiment
+    """Its own: the experiment with its values, in a folder of its own."""
+
+    @property
+    def is_tuned(self) -> bool:
+        return self.exp.captioner.tuned is None
+
+    @functools.cached_property
+    def finetune(self) -> Stage | None:
+        return Plan(self.exp).finetune(None) if self.is_tuned else None
+
+
+def compare(exp: Experiment, downstream: bool, redo: bool) -> None:
+    """Do what is not yet done, write `runs/NAME/compare/` `compare.json` and `index.html`, and print the table.
+
+    Args:
+        exp: with a `[compare]` table.
+        downstream: also train the experiment's arms on each one's captions, and take what the judge says of them.
+        redo: make again what was made with other settings.
+
+    Raises:
+        UserError: there is no such table, no test image, or a captioner can't be tuned.
+    """
+    config = _table_of(exp)
+    stitched = _stitched(exp, redo)
+    contestants = [_contestant(exp, name, values, stitched) for name, values in config.captioners.items()]
+    out = Path(exp.runs) / exp.name / "compare"
+    with lock(out):
+        for contestant in contestants:
+            if contestant.finetune:
+                pipeline.do(contestant.finetune, f"tune {contestant.name}", redo)
+        for contestant in contestants:
+            pipeline.do(_captions(contestant, config), f"caption with {contestant.name}", redo)
+    if downstream:
+        for contestant in contestants:
+            pipeline.run(contestant.exp, None, redo)
+    found = [_scored(contestant, config, downstream) for contestant in contestants]
+    baseline = config.baseline or contestants[0].name
+    result = {"schema": 1, "baseline": baseline, "captioners": score(found, baseline, SEED)}
+    write_json(str(out / "compare.json"), result)
+    write_bytes(str(out / "index.html"), page(exp.name, result, found, config.num_samples).encode())
+    print(f"\n{table(result)}\n\nThe page: {out / 'index.html'}")
+
+
+def _table_of(exp: Experiment) -> Compare:
+    if exp.compare is None:
+        raise UserError("this experiment has no [compare] table: name captioners in [compare.captioners.NAME]")
+    if not exp.finetune.test_share:
+        raise UserError("compare scores captioners on images that none has seen: set finetune.test_share, e.g. 0.1")
+    return exp.compare
+
+
+def _stitched(exp: Experiment, redo: bool) -> str | None:
+    """The shards of the run's own stitching, made first where the experiment names no other captions."""
+    if exp.finetune.shards is not None or exp.finetune.dataset is not None:
+        return None
+    pipeline.run(exp, "stitch", redo)
+    return str(Path(exp.runs) / exp.name / "stitch" / "*.tar")
+
+
+def _contestant(exp: Experiment, name: str, values: dict[str, Any], stitched: str | None) -> Contestant:
+    """The experiment with a captioner's own values."""
+    content = exp.model_dump(exclude_unset=True, exclude={"compare", "sweep"})
+    if stitched:
+        content.setdefault("finetune", {})["shards"] = stitched
+    own = {"name": name, "runs": str(Path(exp.runs) / exp.name / "compare")}
+    return Contestant(name, validate(_merged(content, values) | own, Experiment, f"compare.captioners.{name}"))
+
+
+def _merged(content: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Tables in tables, the second's values before the first's."""
+    both = {key: _merged(content[key], value) for key, value in values.items()
+            if isinstance(value, dict) and isinstance(content.get(key), dict)}
+    return content | values | both
+
+
+# --- captions of the test images -----------------------------------------------------------------------------------
+
+
+def _captions(contestant: Contestant, config: Compare) -> Stage:
+    exp, finetune = contestant.exp, contestant.finetune
+    plan = Plan(exp)
+
+    def reads() -> dict[str, Any]:
+        of_tuning = plan.finetune(None).reads()
+        return {"tuned": finetune.dir.fingerprint if finetune else None, "captioner": exp.captioner.own(),
+                "checkpoint": of_tuning["checkpoint"], "inputs": of_tuning["inputs"], "styles": exp.styles,
+                "num_images": config.num_images, "test_share": exp.finetune.test_share, "seed": exp.finetune.seed}
+
+    def work(stage: StageDir) -> dict[str, Any]:
+        tuned = finetune.path / finetune.dir.result()["chosen"] if finetune else None
+        captioner = open_captioner(exp.captioner, plan.device, tuned)
+        return _caption(stage, _test_images(stage.path, plan, config), captioner, exp, config.batch_size)
+
+    return Stage("compare", plan.root / "captions", reads, work, [finetune] if finetune else [])
+
+
+def _test_images(folder: Path, plan: Plan, config: Compare) -> list[CaptionedImage]:
+    exp = plan.exp
+    shards = [] if exp.finetune.dataset else plan.shards(exp.finetune.shards, "finetune.shards").urls
+    return read_test_images(folder, shards, exp.finetune, exp.styles)[:config.num_images]
+
+
+def _caption(stage: StageDir, images: list[CaptionedImage], captioner: Captioner, exp: Experiment,
+             batch_size: int) -> dict[str, Any]:
+    """Caption every test image in every style that it has a reference of; how fast, and how large the captioner is."""
+    captions: dict[str, dict[str, dict[str, Any]]] = {style: {} for style in exp.styles}
+    seconds = dict.fromkeys(exp.styles, 0.0)
+    known = {style for image in images for style, _ in image.captions}
+    with progress.bar("caption", len(images)) as bar:
+        for start in range(0, len(images), batch_size):
+            batch = images[start:start + batch_size]
+            pictures = [open_image(Pair(image.uid, image.image, "", ""), Augment(), "") for image in batch]
+            features = captioner.encode(captioner.preprocess(pictures))
+            for style in known & set(exp.styles):
+                started = time.perf_counter()
+                for image, found in zip(batch, captioner.caption(features, exp.styles[style]), strict=True):
+                    captions[style][image.uid] = {"text": found.text, "ended": found.ended}
+                seconds[style] += time.perf_counter() - started
+            bar.update(len(batch))
+    write_json(str(stage.path / "captions.json"), {style: found for style, found in captions.items() if found})
+    count = sum(p.numel() for p in captioner.model.parameters()) if isinstance(captioner, Tunable) else None
+    return {"images": len(images), "parameters": count,
+            "images_per_second": {style: len(images) / spent for style, spent in seconds.items() if spent}}
+
+
+# --- what the table is made of -------------------------------------------------------------------------------------
+
+
+def _scored(contestant: Contestant, config: Compare, downstream: bool) -> Scored:
+    plan, finetune = Plan(contestant.exp), contestant.finetune
+    stage = _captions(contestant, config)
+    return Scored(
+        name=contestant.name, family=contestant.exp.captioner.family, styles=list(contestant.exp.styles),
+        images=_test_images(stage.path, plan, config), captions=stage.path / "captions.json",
+        training=finetune.dir.result() if finetune else {}, captioning=stage.dir.result(),
+        downstream=_downstream(plan) if downstream else {}, judge=contestant.exp.evaluate.judge,
+        device=plan.device, meteor=config.meteor)
+
+
+def _downstream(plan: Plan) -> dict[str, dict[str, Any]]:
+    """`seed-N/ARM` → what evaluation found of the pictures that the arm drew."""
+    return {f"{stage.path.parent.parent.name}/{stage.path.name}": stage.dir.result() for stage in plan.stages()
+            if stage.verb == "evaluate"}

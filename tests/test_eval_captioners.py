@@ -1,0 +1,134 @@
+"""Captioners side by side: the same images for all, figures with intervals, one table, and nothing done twice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import recap
+
+from recap.config import Finetune, Style, Validation
+from recap.errors import UserError
+from recap.finetune import read_images, read_test_images
+from recap.pipeline import Experiment
+from recap.shards import Reject, ShardWriter, read_shard
+
+STYLES = {"short": Style(prompt="A short caption:", max_new_tokens=8),
+          "long": Style(prompt="A detailed caption:", max_new_tokens=16)}
+
+
+@pytest.fixture(scope="module")
+def shard(world_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("captioned") / "00000.tar"
+    rejects: list[Reject] = []
+    with ShardWriter(str(path)) as writer:
+        for sample in read_shard(str(world_shards / "evaluation" / "00000.tar"), rejects):
+            exact = sample.members["exact.txt"]
+            sample.members |= {"long.txt": exact, "short.txt": b" ".join(exact.split()[:5])}
+            writer.write(sample)
+    return path
+
+
+@pytest.fixture(scope="module")
+def experiment(shard: Path, world_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An experiment with three captioners."""
+    path = tmp_path_factory.mktemp("compare") / "three.toml"
+    path.write_text(f'''
+runs = "{path.parent}/runs"
+styles.short = {{ prompt = "A short caption:", max_new_tokens = 8 }}
+styles.long = {{ prompt = "A detailed caption:", max_new_tokens = 16 }}
+captioner.dtype = "float32"
+finetune = {{ shards = "{shard}", steps = 2, batch_size = 4, test_share = 0.4, validation.share = 0.2 }}
+evaluate.judge = {{ target = "recap.world.judge:WorldJudge", model = "{world_models}/reader" }}
+[compare.captioners.untuned.captioner]
+model = "{world_models}/blip2"
+tuned = "none"
+[compare.captioners.blip2]
+captioner.model = "{world_models}/blip2"
+finetune.lora.rank = 2
+[compare.captioners.from-scratch.captioner]
+family = "transformer"
+transformer = {{ encoder = "none", hidden_size = 32, num_layers = 1, num_heads = 2, vocab_size = 400, image_size = 32 }}
+''')
+    return path
+
+
+@pytest.fixture(scope="module")
+def compared(experiment: Path) -> tuple[Path, str]:
+    """Where the results are, and what was printed."""
+    done = recap("compare", "-c", str(experiment))
+    assert done.returncode == 0, done.stderr
+    return experiment.parent / "runs" / "three" / "compare", done.stdout
+
+
+def result(compared: tuple[Path, str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((compared[0] / "compare.json").read_text())
+    return found
+
+
+def test_every_captioner_has_a_row_of_figures_with_intervals(compared: tuple[Path, str]) -> None:
+    rows = result(compared)["captioners"]
+    assert [row["name"] for row in rows] == ["untuned", "blip2", "from-scratch"]
+    for row in rows:
+        for style in ("short", "long"):
+            metrics = row["styles"][style]["metrics"]
+            low, high = metrics["cider_d"]["ci"]
+            assert low <= metrics["cider_d"]["value"] <= high
+            assert {"bleu_4", "rouge_l", "length_ratio", "loops", "vocabulary", "facts_covered"} <= metrics.keys()
+            assert row["styles"][style]["images_per_second"] > 0 and 0 <= row["styles"][style]["ended"] <= 1
+    assert rows[0]["trainable_parameters"] == 0 and rows[0]["training_seconds"] is None
+    assert rows[1]["trainable_parameters"] < 0.1 * rows[1]["parameters"]
+    assert rows[2]["training_images_per_second"] > 0 and rows[2]["steps"] == 2
+    assert "differences" not in rows[0]["styles"]["long"] and rows[1]["styles"]["long"]["differences"]["cider_d"]["p"]
+
+
+def test_all_caption_the_same_images_which_none_was_trained_on(compared: tuple[Path, str], shard: Path) -> None:
+    uids = []
+    for name in ("untuned", "blip2", "from-scratch"):
+        captions = json.loads((compared[0] / name / "captions" / "captions.json").read_text())
+        uids.append(set(captions["long"]))
+        assert captions["short"].keys() == captions["long"].keys()
+    assert uids[0] == uids[1] == uids[2] and len(uids[0]) == 6  # of 16
+
+
+def test_train_validation_and_test_share_no_image(shard: Path, tmp_path: Path) -> None:
+    config = Finetune(test_share=0.4, validation=Validation(share=0.2), seed=3)
+    held_in, held_out = read_images(tmp_path, [str(shard)], config, STYLES)
+    test = read_test_images(tmp_path, [str(shard)], config, STYLES)
+    parts = [{image.uid for image in part} for part in (held_in, held_out, test)]
+    assert [len(part) for part in parts] == [8, 2, 6] and len(set.union(*parts)) == 16
+
+
+def test_the_table_fits_a_terminal_and_the_page_stands_alone(compared: tuple[Path, str]) -> None:
+    table = compared[1].split("The page:")[0]
+    assert all(len(line) <= 80 for line in table.splitlines())
+    assert "blip2" in table and "CIDEr-D" in table
+    page = (compared[0] / "index.html").read_text()
+    assert "from-scratch" in page and page.count("data:image/") == 6 and "http" not in page
+
+
+def test_the_same_command_again_does_nothing_anew(compared: tuple[Path, str], experiment: Path) -> None:
+    before = (compared[0] / "blip2" / "captioner" / "done.json").stat().st_mtime_ns
+    done = recap("compare", "-c", str(experiment))
+    assert done.returncode == 0 and done.stderr.count("done before") == 5
+    assert (compared[0] / "blip2" / "captioner" / "done.json").stat().st_mtime_ns == before
+    assert done.stdout == compared[1]
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("finetune.test_share=0", "set finetune.test_share"),
+    ("compare.captioners={}", "at least 1 item"),
+    ("compare.baseline=blop", "no captioner 'blop' there"),
+    ("compare.captioners.blip2.finetune.lrr=1", "compare.captioners.blip2: unknown key finetune.lrr"),
+    ("compare.captioners.blip2.captioner.family=blop", "no captioner family 'blop'"),
+])
+def test_what_a_user_can_mend_is_one_line(experiment: Path, override: str, message: str) -> None:
+    done = recap("compare", "-c", str(experiment), "name=other", override)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("recap:")]) == 1
+
+
+def test_an_experiment_without_captioners_to_compare_is_one_clear_line() -> None:
+    from eval.captioners import compare
+    with pytest.raises(UserError, match=r"no \[compare\] table"):
+        compare(Experiment(name="x"), downstream=False, redo=False)
