@@ -1,7 +1,5 @@
 """The figures of captioners side by side: for the terminal, as JSON, and on a page with pictures."""
 
-import base64
-import io
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -25,8 +23,8 @@ from eval.config import JudgeRef
 from eval.judge import Facts, Judge, open_judge
 from recap.caption_sets import CaptionedImage
 from recap.errors import BadSample, UserError
-from recap.sample import decode_image
 from recap.shards import read_shard
+from recap.sheet import thumbnail
 
 WIDTH = 18
 """Of a captioner's name in the terminal."""
@@ -221,7 +219,7 @@ def _count(number: int | None) -> str:
 def page(name: str, result: dict[str, Any], found: list[Scored], num_samples: int) -> str:
     """The page: the table, what differs from the baseline, and pictures with what each captioner says of them."""
     said = {each.name: json.loads(each.captions.read_bytes()) for each in found}
-    samples = [{"picture": _picture(image), "uid": image.uid, "styles": [
+    samples = [{"picture": thumbnail(image.image), "uid": image.uid, "styles": [
         {"name": style, "references": [text for kind, text in image.captions if kind == style],
          "captions": [(who, captions[style][image.uid]) for who, captions in said.items()
                       if image.uid in captions.get(style, {})]}
@@ -234,15 +232,3 @@ def page(name: str, result: dict[str, Any], found: list[Scored], num_samples: in
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.PackageLoader("eval", "."), autoescape=True)
     return environment.get_template("captioners.html")
-
-
-def _picture(image: CaptionedImage) -> str:
-    out = io.BytesIO()
-    try:
-        picture = decode_image(image.image.read())
-    except BadSample:
-        return ""
-    picture.thumbnail((384, 384))
-    picture.save(out, "PNG" if max(picture.size) <= 64 else "JPEG")
-    kind = "png" if max(picture.size) <= 64 else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"

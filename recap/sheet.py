@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 
+from recap.caption_sets import ImageRef
 from recap.errors import BadSample
 from recap.sample import decode_image
 from recap.shards import write_bytes
 from recap.validation import Row
 
-MAX_SIDE = 384
-"""Of a picture on the page, in pixels."""
+MAX_SIDE, SMALL = 384, 64
+"""Of a picture on the page, in pixels; up to `SMALL` it is shown as it is."""
 
 
 def write_sheet(path: Path, step: int, num_steps: int, history: dict[str, Any], rows: list[Row]) -> None:
@@ -30,13 +30,12 @@ def write_sheet(path: Path, step: int, num_steps: int, history: dict[str, Any], 
     """
     path.parent.mkdir(exist_ok=True)
     validations = history["validations"]
-    images = [_image(row) for row in rows]
+    pictures = [thumbnail(row.image) for row in rows]
     page = _template().render(
         step=step, num_steps=num_steps, figures=validations[-1] if validations else None,
         curves=curves(history["losses"], [(found["step"], found["loss"]) for found in validations], num_steps),
-        small=all(image.width <= 64 for image in images),
-        rows=[{"uid": row.uid, "picture": _data_url(image), "captions": row.captions, "references": row.references}
-              for row, image in zip(rows, images, strict=True)])
+        rows=[{"uid": row.uid, "picture": picture, "captions": row.captions, "references": row.references}
+              for row, picture in zip(rows, pictures, strict=True)])
     write_bytes(str(path), page.encode())
 
 
@@ -69,17 +68,14 @@ def _template() -> jinja2.Template:
     return environment.get_template("sheet.html")
 
 
-def _image(row: Row) -> Image.Image:
+def thumbnail(image: ImageRef) -> str:
+    """A picture as a `data:` URL, small enough for a page; empty where it can't be read, which is no reason to stop."""
     try:
-        image = decode_image(row.image.read())
-    except BadSample:  # it has gone since: a sheet is no reason to stop a training
-        return Image.new("RGB", (MAX_SIDE, MAX_SIDE), "white")
-    image.thumbnail((MAX_SIDE, MAX_SIDE))
-    return image
-
-
-def _data_url(image: Image.Image) -> str:
+        picture = decode_image(image.read())
+    except BadSample:
+        return ""
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    kind = "png" if max(picture.size) <= SMALL else "jpeg"  # JPEG blurs what is small
     out = io.BytesIO()
-    image.save(out, "PNG" if max(image.size) <= 64 else "JPEG")
-    kind = "png" if max(image.size) <= 64 else "jpeg"
+    picture.save(out, kind)
     return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"

@@ -104,7 +104,7 @@ def test_the_table_fits_a_terminal_and_the_page_stands_alone(compared: tuple[Pat
     assert all(len(line) <= 80 for line in table.splitlines())
     assert "blip2" in table and "CIDEr-D" in table
     page = (compared[0] / "index.html").read_text()
-    assert "from-scratch" in page and page.count("data:image/") == 6 and "http" not in page
+    assert "from-scratch" in page and page.count('src="data:image/') == 6 and "http" not in page
 
 
 def test_the_same_command_again_does_nothing_anew(compared: tuple[Path, str], experiment: Path) -> None:
