@@ -45,6 +45,8 @@ def load_model(kind: Any, ref: Captioner, device: str) -> Any:
             bitsandbytes cannot run here.
     """
     import torch
+    if not hasattr(kind, "from_config"):
+        _check_kind(kind, ref, device != "meta")
     if device == "meta":
         config = load_pretrained(_config_class(kind).from_pretrained, ref, "captioner", weights=False,
                                  trust_remote_code=False)
@@ -60,6 +62,14 @@ def load_model(kind: Any, ref: Captioner, device: str) -> Any:
                         f"{missing[0]} first: it is another model, or damaged")
     model.requires_grad_(False)
     return model if ref.quantization != "none" else model.to(device)
+
+
+def _check_kind(kind: Any, ref: Captioner, weights: bool) -> None:
+    """Refuse a checkpoint of another class, which transformers would open as far as it fits."""
+    found, _ = load_pretrained(kind.config_class.get_config_dict, ref, "captioner", weights)
+    if found.get("model_type") != kind.config_class.model_type:
+        raise UserError(f"captioner.model: {ref.model} holds a model of type {found.get('model_type')!r}, and family "
+                        f"{ref.family} needs {kind.config_class.model_type!r}: name another, or the family that it is")
 
 
 def _config_class(kind: Any) -> Any:

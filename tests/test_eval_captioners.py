@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import recap
+from test_recap_pipeline import CONFIG, settings
 
 from recap.config import Finetune, Style, Validation
 from recap.errors import UserError
@@ -132,3 +133,21 @@ def test_an_experiment_without_captioners_to_compare_is_one_clear_line() -> None
     from eval.captioners import compare
     with pytest.raises(UserError, match=r"no \[compare\] table"):
         compare(Experiment(name="x"), downstream=False, redo=False)
+
+
+@pytest.mark.full
+def test_downstream_an_arm_is_trained_on_each_ones_captions(world_models: Path, world_shards: Path,
+                                                            tmp_path: Path) -> None:
+    done = recap("compare", "-c", str(CONFIG), "--downstream", *settings(world_models, world_shards, tmp_path),
+                 'arms=["mix"]', "finetune.test_share=0.3", "compare.captioners.untuned.captioner.tuned=none",
+                 "compare.captioners.cnn.captioner.family=cnn_lstm", "compare.captioners.cnn.captioner.model=",
+                 f"compare.captioners.cnn.captioner.cnn_lstm.encoder={world_models}/cnn", timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "tiny" / "compare" / "compare.json").read_text())
+    for row in found["captioners"]:
+        assert row["downstream"].keys() == {"seed-0/mix"}
+        assert {"fid", "clip_score", "object_accuracy"} <= row["downstream"]["seed-0/mix"].keys()
+    relabelled = [next((tmp_path / "tiny" / "compare" / name / "relabel").glob("*.tar")) for name in ("untuned", "cnn")]
+    texts = [next(iter(read_shard(str(shard), []))).caption("short") for shard in relabelled]
+    assert texts[0] != texts[1]
+    assert "object accuracy" in done.stdout and "seed-0/mix" in done.stdout

@@ -300,6 +300,14 @@ def test_a_checkpoint_that_is_not_there_is_one_clear_line(family: str, model: st
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("family", ["blip2", "blip", "transformer", "cnn_lstm"])
+def test_a_checkpoint_of_another_class_is_one_clear_line(family: str, world_models: Path) -> None:
+    other = world_models / ("blip" if family == "blip2" else "blip2")
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError, match=rf"holds a model of type 'blip(-2)?', and family {family} needs"):
+            open_tunable(Captioner(family=family, model=str(other)), device)
+
+
 @pytest.mark.parametrize(("family", "part", "value"), [
     ("clipcap", "clip", "./none"), ("clipcap", "gpt2", "./none"), ("clipcap", "clip", "{models}/blip"),
     ("transformer", "encoder", "./none"), ("transformer", "decoder", "./none"), ("cnn_lstm", "encoder", "./none"),
