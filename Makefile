@@ -36,6 +36,9 @@ test: $(READY)  ## The quick tests: under 10 minutes
 test-full: $(READY)  ## All tests, with kills, browsers, servers and long runs: under 60 minutes
 	@$(BIN)/pytest -q
 
+bench: $(READY)  ## Fine-tuning's images/s against a plain loop of transformers and peft, in one run
+	@$(BIN)/python tests/benchmarks/finetune.py
+
 check: $(READY)  ## Lint and check the types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
@@ -47,4 +50,4 @@ lock: $(READY)  ## Resolve the dependencies anew
 clean:  ## Delete the runs and the caches, not .venv
 	@rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo test test-full check lock clean
+.PHONY: help setup demo test test-full bench check lock clean

@@ -16,13 +16,14 @@ from eval.captioner_table import Scored, page, score, table
 from recap import pipeline, progress
 from recap.caption_sets import CaptionedImage
 from recap.captioners import Captioner, Tunable, open_captioner
-from recap.config import Augment, Compare, validate
+from recap.config import Augment, Compare
 from recap.errors import UserError
 from recap.finetune import read_test_images
 from recap.pairs import Pair, open_image
 from recap.pipeline import Experiment, Plan, Stage
 from recap.rundir import StageDir, lock
 from recap.shards import write_bytes, write_json
+from recap.variants import stitch, variant
 
 SEED = 0
 """Of resampling."""
@@ -57,9 +58,10 @@ def compare(exp: Experiment, downstream: bool, redo: bool) -> None:
         UserError: there is no such table, no test image, or a captioner can't be tuned.
     """
     config = _table_of(exp)
-    stitched = _stitched(exp, redo)
-    contestants = [_contestant(exp, name, values, stitched) for name, values in config.captioners.items()]
+    stitch(exp, redo)
     out = Path(exp.runs) / exp.name / "compare"
+    contestants = [Contestant(name, variant(exp, name, out, values, f"compare.captioners.{name}"))
+                   for name, values in config.captioners.items()]
     with lock(out):
         for contestant in contestants:
             if contestant.finetune:
@@ -83,30 +85,6 @@ def _table_of(exp: Experiment) -> Compare:
     if not exp.finetune.test_share:
         raise UserError("compare scores captioners on images that none has seen: set finetune.test_share, e.g. 0.1")
     return exp.compare
-
-
-def _stitched(exp: Experiment, redo: bool) -> str | None:
-    """The shards of the run's own stitching, made first where the experiment names no other captions."""
-    if exp.finetune.shards is not None or exp.finetune.dataset is not None:
-        return None
-    pipeline.run(exp, "stitch", redo)
-    return str(Path(exp.runs) / exp.name / "stitch" / "*.tar")
-
-
-def _contestant(exp: Experiment, name: str, values: dict[str, Any], stitched: str | None) -> Contestant:
-    """The experiment with a captioner's own values."""
-    content = exp.model_dump(exclude_unset=True, exclude={"compare", "sweep"})
-    if stitched:
-        content.setdefault("finetune", {})["shards"] = stitched
-    own = {"name": name, "runs": str(Path(exp.runs) / exp.name / "compare")}
-    return Contestant(name, validate(_merged(content, values) | own, Experiment, f"compare.captioners.{name}"))
-
-
-def _merged(content: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Tables in tables, the second's values before the first's."""
-    both = {key: _merged(content[key], value) for key, value in values.items()
-            if isinstance(value, dict) and isinstance(content.get(key), dict)}
-    return content | values | both
 
 
 # --- captions of the test images -----------------------------------------------------------------------------------

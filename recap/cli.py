@@ -92,6 +92,15 @@ def compare(
 
 
 @app.command()
+def sweep(config: ConfigFile, overrides: Overrides = None, redo: Redo = False) -> None:
+    """Search settings of captioner fine-tuning, by grid or TPE. To resume, run the same command again."""
+    from recap import pipeline
+    from recap.config import load
+    from recap.sweep import sweep as run
+    run(load(config, overrides or [], pipeline.Experiment), redo)
+
+
+@app.command()
 def config(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the resolved configuration: defaults, file and overrides."""
     from recap import pipeline

@@ -5,7 +5,6 @@
 Several processes (torchrun, accelerate launch) share every batch; on the CPU a resumed run ends with equal bits.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def _run(accelerator: Accelerator, stage: StageDir, shards: list[str], config: F
     config = with_steps(config, len(pairs))
     with accelerator.main_process_first():
         features = _kept(stage.path, [*pairs, *validation], captioner, config) if config.cache_features else None
-    batches = Batches(pairs, config, functools.cache(captioner.num_tokens), None if features else captioner.preprocess,
+    batches = Batches(pairs, config, captioner.num_tokens, None if features else captioner.preprocess,
                       accelerator.process_index, accelerator.num_processes)
     validator = Validator(captioner, pairs, validation, styles, config, features)
     training = Training(stage, accelerator, captioner, styles, config, features)

@@ -7,7 +7,7 @@ import functools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +142,23 @@ class Batches(Dataset[list[MicroBatch]]):
     """None where features are kept."""
     rank: int = 0
     num_ranks: int = 1
+    counts: dict[str, int] = field(default_factory=dict)
+    """Caption → its tokens, once they have been counted: every epoch asks again."""
 
     def __getitem__(self, step: int) -> list[MicroBatch]:
         config = self.config
         batch = draw_batch(self.pairs, step, config.batch_size, config.seed)
-        num_tokens = [self.num_tokens(pair.caption) for pair in batch]
+        num_tokens = [self._count(pair.caption) for pair in batch]
         # Captions of a length together: less padding to compute.
         order = sorted(range(len(batch)), key=lambda place: -num_tokens[place])[self.rank::self.num_ranks]
         size = config.micro_batch_size or len(order)
         return [self._micro_batch(batch, order[start:start + size], num_tokens, step)
                 for start in range(0, len(order), size)]
+
+    def _count(self, caption: str) -> int:
+        if caption not in self.counts:
+            self.counts[caption] = self.num_tokens(caption)
+        return self.counts[caption]
 
     def _micro_batch(self, batch: list[Pair], places: list[int], num_tokens: list[int], step: int) -> MicroBatch:
         pixels = None

@@ -39,6 +39,7 @@ from recap.config import (
     RunName,
     Stitch,
     Style,
+    Sweep,
     Table,
 )
 from recap.errors import UserError
@@ -77,6 +78,8 @@ class Experiment(Table):
     report: Report = Report()
     compare: Compare | None = None
     """For `recap compare`."""
+    sweep: Sweep | None = None
+    """For `recap sweep`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -22,7 +22,7 @@ ALL_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 TINY = {"hidden_size": 64, "num_layers": 2, "vocab_size": 400, "image_size": 32, "dropout": 0.0}
 FAMILIES = ["blip2", "blip", "clipcap-mlp", "clipcap-transformer", "transformer", "cnn_lstm", "cnn_lstm-attention"]
 TRAINING = {"blip2": (5e-3, 100), "blip": (2e-3, 50), "clipcap-mlp": (2e-3, 50), "clipcap-transformer": (2e-3, 60),
-            "transformer": (2e-3, 150), "cnn_lstm": (3e-3, 350), "cnn_lstm-attention": (3e-3, 350)}
+            "transformer": (2e-3, 150), "cnn_lstm": (3e-3, 350), "cnn_lstm-attention": (1e-2, 200)}
 """Learning rate and steps until four pictures are known by heart."""
 WORDS = [f"{name} {text}" for name in COLOURS for text in ("All of the picture is", "from its left to its right.")]
 

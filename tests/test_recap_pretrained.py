@@ -16,7 +16,7 @@ from recap.errors import UserError
 from recap.pretrained import find_local, identity
 
 SHOW = ("import sys; from recap.config import Captioner; from recap.captioners import open_captioner; "
-        "print(open_captioner(Captioner(model=sys.argv[1], revision=sys.argv[2], dtype='float32'), 'cpu').eos)")
+        "print(open_captioner(Captioner(model=sys.argv[1], revision=sys.argv[2], dtype='float32'), 'cpu').text.end)")
 
 
 def opened(cache: Path, model: str, revision: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +31,7 @@ def test_a_hub_id_is_opened_from_the_hubs_cache_as_a_folder_is(world_models: Pat
     shutil.copytree(world_models / "blip2", repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    eos = open_captioner(Captioner(model=str(world_models / "blip2"), dtype="float32"), "cpu").eos
+    eos = open_captioner(Captioner(model=str(world_models / "blip2"), dtype="float32"), "cpu").text.end
     by_branch, by_commit = opened(tmp_path, "someone/tiny", "main"), opened(tmp_path, "someone/tiny", commit)
     assert by_branch.stdout == by_commit.stdout == f"{eos}\n"
     assert "read at revision main, which can change" in by_branch.stderr

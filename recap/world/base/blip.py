@@ -1,5 +1,6 @@
 """A base captioner of another family: a small BLIP, taught terse captions of drawings."""
 
+from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -41,15 +42,18 @@ def build(size: int) -> BlipForConditionalGeneration:
 
 
 def tokenizer() -> BertTokenizer:
-    """WordPiece in lower case, as BLIP's, learned from the world's texts; with `[DEC]`, which starts a caption."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    learned = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # noqa: S106  (no password)
-    learned.normalizer = normalizers.BertNormalizer(lowercase=True)
-    learned.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    learned.train_from_iterator(world_texts(), trainers.WordPieceTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=list(SPECIAL), show_progress=False,
-        initial_alphabet=[chr(code) for code in range(33, 127)]))
-    return BertTokenizer(vocab=learned.get_vocab(), do_lower_case=True, additional_special_tokens=["[DEC]"])
+    """WordPiece in lower case, as BLIP's, of the world's most frequent words; with `[DEC]`, which starts a caption.
+
+    Not by the trainer of `tokenizers`, which decides between equally frequent pieces anew each time.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+    lower, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    counts = Counter(word for text in world_texts() for word, _ in split.pre_tokenize_str(lower.normalize_str(text)))
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    words = [word for word in sorted(counts, key=lambda word: (-counts[word], word)) if len(word) > 1]
+    pieces = [*SPECIAL, *letters, *(f"##{letter}" for letter in letters), *words][:VOCAB_SIZE]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    return BertTokenizer(vocab=vocab, do_lower_case=True, additional_special_tokens=["[DEC]"])
 
 
 def save(model: BlipForConditionalGeneration, folder: Path, size: int) -> None:
