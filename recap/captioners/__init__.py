@@ -7,7 +7,7 @@ loss. What it writes is the format that the family's users know.
 import importlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Protocol, Self, cast
 
 import torch
 from PIL import Image
@@ -122,6 +122,32 @@ class Tunable(ABC):
                 module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 return
         warn("finetune.gradient_checkpointing has no effect: this captioner's model can't")
+
+
+class Assembled(Tunable):
+    """A captioner that is put together from parts when it is prepared for tuning, unless a whole one is named."""
+
+    model: Any = None
+
+    def __init__(self, config: CaptionerConfig, device: str) -> None:
+        self.config, self.device = config, device
+
+    @classmethod
+    def open(cls, config: CaptionerConfig, device: str, tuned: Path | None) -> Self:
+        captioner = cls(config, device)
+        if tuned is not None or config.model:
+            captioner.open_whole(config.model_copy(update={"model": str(tuned or config.model)}))
+        return captioner
+
+    @abstractmethod
+    def open_whole(self, whole: CaptionerConfig) -> None:
+        """Load model and tokenizer from the folder or hub id `whole.model`."""
+
+    def check_whole(self) -> None:
+        """Raise UserError where no part has been put to another yet."""
+        if self.model is None:
+            raise UserError(f"captioner: a {self.config.family} put together from parts can't caption before it is "
+                            "tuned: name a whole one in captioner.model, or tune this first")
 
 
 def open_captioner(config: CaptionerConfig, device: str, tuned: Path | None = None) -> Captioner:

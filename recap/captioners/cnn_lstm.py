@@ -7,7 +7,7 @@ that all words of a caption are trained at once.
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import timm
 import torch
@@ -19,7 +19,7 @@ from transformers import GenerationMixin, GPT2Tokenizer, PreTrainedConfig, PreTr
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import logging
 
-from recap.captioners import Tunable
+from recap.captioners import Assembled
 from recap.captioners.text import Caption, Text, next_token_loss
 from recap.captioners.vocabulary import learn_vocabulary
 from recap.config import Captioner as CaptionerConfig
@@ -111,26 +111,17 @@ class ShowTell(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "regions": regions}
 
 
-class CnnLstm(Tunable):
+class CnnLstm(Assembled):
     """`ShowTell`, trained from scratch on a CNN that is kept as it is, or trained too."""
 
-    def __init__(self, config: CaptionerConfig, device: str) -> None:
-        self.config, self.device = config, device
-
-    @classmethod
-    def open(cls, config: CaptionerConfig, device: str, tuned: Path | None) -> Self:
-        """A whole captioner where there is one; else it is put together when it is prepared for tuning."""
+    def open_whole(self, whole: CaptionerConfig) -> None:
         logging.disable_progress_bar()
-        captioner = cls(config, device)
-        if tuned is not None or config.model:
-            whole = config.model_copy(update={"model": str(tuned or config.model)})
-            tokenizer = load_pretrained(GPT2Tokenizer.from_pretrained, whole, "captioner", weights=False)
-            captioner._take(load_model(ShowTell, whole, device), tokenizer)
-        return captioner
+        tokenizer = load_pretrained(GPT2Tokenizer.from_pretrained, whole, "captioner", weights=False)
+        self._take(load_model(ShowTell, whole, self.device), tokenizer)
 
     def prepare(self, config: Finetune, captions: list[str]) -> None:
         """Train the LSTM; the CNN where it is asked for, or was never trained."""
-        if not hasattr(self, "model"):
+        if self.model is None:
             tokenizer = learn_vocabulary(captions, self.config.cnn_lstm.vocab_size)
             # From the configuration alone, with no caption seen, the vocabulary is taken to be full.
             vocab_size = len(tokenizer) if captions else self.config.cnn_lstm.vocab_size
@@ -150,9 +141,7 @@ class CnnLstm(Tunable):
         self.set_training(False)
 
     def preprocess(self, images: list[Image.Image]) -> torch.Tensor:
-        if not hasattr(self, "model"):
-            raise UserError("captioner: a CNN–LSTM put together from parts can't caption before it is tuned: name a "
-                            "whole one in captioner.model, or tune this first")
+        self.check_whole()
         return torch.stack([self.transform(image) for image in images])
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """A vision encoder and a text decoder with cross-attention to it: both from scratch, or of pretrained parts."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,37 +20,27 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from recap.captioners import Tunable
+from recap.captioners import Assembled
 from recap.captioners.text import Caption, Text, next_token_loss
 from recap.captioners.vocabulary import learn_vocabulary
 from recap.config import Captioner as CaptionerConfig
 from recap.config import Finetune, Model, Style
 from recap.config import Transformer as Config
-from recap.errors import UserError
 from recap.pretrained import load_model, load_pretrained
 
 
-class Transformer(Tunable):
+class Transformer(Assembled):
     """transformers' `VisionEncoderDecoderModel` with a ViT and a GPT-2."""
 
-    def __init__(self, config: CaptionerConfig, device: str) -> None:
-        self.config, self.device = config, device
-
-    @classmethod
-    def open(cls, config: CaptionerConfig, device: str, tuned: Path | None) -> Self:
-        """A whole captioner where there is one; else its parts are put together when it is prepared for tuning."""
+    def open_whole(self, whole: CaptionerConfig) -> None:
         logging.disable_progress_bar()
-        captioner = cls(config, device)
-        if tuned is not None or config.model:
-            whole = config.model_copy(update={"model": str(tuned or config.model)})
-            captioner._take(load_model(VisionEncoderDecoderModel, whole, device), _load(AutoTokenizer, whole),
-                            _load(AutoImageProcessor, whole))
-        return captioner
+        self._take(load_model(VisionEncoderDecoderModel, whole, self.device), _load(AutoTokenizer, whole),
+                   _load(AutoImageProcessor, whole))
 
     def prepare(self, config: Finetune, captions: list[str]) -> None:
         """Train the decoder, and the encoder where it is from scratch or asked for."""
         parts = self.config.transformer
-        if not hasattr(self, "model"):
+        if self.model is None:
             self._take(*_assembled(parts, captions, self.device))
         self.encoder_is_trained = parts.train_encoder or (parts.is_from_scratch and not self.config.model)
         self.model.float().requires_grad_(True)
@@ -66,7 +56,8 @@ class Transformer(Tunable):
         self.set_training(False)
 
     def preprocess(self, images: list[Image.Image]) -> torch.Tensor:
-        return self._opened().image_processor(images, return_tensors="pt")["pixel_values"]
+        self.check_whole()
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """The encoder's last hidden states, (B, patches + 1, D)."""
@@ -96,12 +87,6 @@ class Transformer(Tunable):
         self.model.save_pretrained(str(folder))
         self.text.tokenizer.save_pretrained(str(folder))
         self.image_processor.save_pretrained(str(folder))
-
-    def _opened(self) -> Self:
-        if not hasattr(self, "model"):
-            raise UserError("captioner: a transformer put together from parts can't caption before it is tuned: name "
-                            "a whole one in captioner.model, or tune this first")
-        return self
 
 
 def _assembled(config: Config, captions: list[str], device: str) -> tuple[Any, Any, Any]:
