@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.captioner_table import Scored, page, score, table
+from eval.config import Compare
 from recap import pipeline, progress
 from recap.caption_sets import CaptionedImage
 from recap.captioners import Captioner, Tunable, open_captioner
-from recap.config import Augment, Compare
+from recap.config.finetune import Augment
 from recap.errors import UserError
 from recap.finetune import read_test_images
 from recap.pairs import Pair, open_image

@@ -1,8 +1,35 @@
-"""The `[generate]`, `[evaluate]` and `[report]` tables."""
+"""The `[compare]`, `[generate]`, `[evaluate]` and `[report]` tables."""
 
-from pydantic import Field
+from typing import Any
 
-from recap.config import Model, Table
+from pydantic import Field, model_validator
+
+from recap.config import Model, Name, Table
+
+
+class Compare(Table):
+    """Captioners to compare: each is this experiment with some values of its own."""
+
+    captioners: dict[Name, dict[str, Any]] = Field(min_length=1)
+    """Name → tables that differ (`captioner.family = "blip"`, `finetune.lr = 1e-4`). `captioner.tuned = "none"` is the
+    base as it is. All learn from the same images and are scored on the same others, `finetune.test_share` of them."""
+    baseline: Name | None = None
+    """The one that the others are compared with; by default the first."""
+    num_images: int = Field(1000, ge=2)
+    """At most so many images are captioned and scored."""
+    batch_size: int = Field(32, ge=1)
+    """Images captioned at once."""
+    meteor: bool = False
+    """METEOR too; needs Java and pycocoevalcap."""
+    num_samples: int = Field(12, ge=0)
+    """Images on the page."""
+
+    @model_validator(mode="after")
+    def _baseline_is_there(self) -> "Compare":
+        if self.baseline is not None and self.baseline not in self.captioners:
+            raise ValueError(f"compare.baseline: no captioner {self.baseline!r} there: take one of "
+                             f"{', '.join(self.captioners)}")
+        return self
 
 
 class Generate(Table):

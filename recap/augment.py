@@ -6,7 +6,7 @@ from random import Random
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional
 
-from recap.config import Augment
+from recap.config.finetune import Augment
 
 SIDES = re.compile(r"\b(?:left|right)(?:most|ward|wards|-hand)?\b", re.I)
 """A caption that says one of these is false of the mirrored image."""

@@ -16,7 +16,7 @@ from pathlib import Path, PureWindowsPath
 import fsspec
 
 from recap.caption_formats import READERS, SHAPES, CaptionsFile
-from recap.config import Dataset
+from recap.config.finetune import Dataset
 from recap.errors import BadSample, UserError
 from recap.sample import IMAGE_EXTENSIONS, decode_text
 from recap.shards import MAX_MEMBER_BYTES, Reject, is_local, read_shard

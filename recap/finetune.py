@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from recap import progress
 from recap.caption_sets import CaptionedImage, read_dataset, read_shards, split
 from recap.captioners import Tunable, open_tunable
-from recap.config import Captioner as CaptionerConfig
-from recap.config import Dataset, Finetune, Style
+from recap.config import Style
+from recap.config.captioner import Captioner as CaptionerConfig
+from recap.config.finetune import Dataset, Finetune
 from recap.errors import UserError
 from recap.pairs import Batches, Features, Pair, to_pairs, usable
 from recap.processes import one_voice, open_accelerator

@@ -20,7 +20,8 @@ from recap import progress
 from recap.augment import augment
 from recap.caption_sets import CaptionedImage, ImageRef
 from recap.captioners import Tunable
-from recap.config import Augment, Finetune, Style
+from recap.config import Style
+from recap.config.finetune import Augment, Finetune
 from recap.errors import BadSample, UserError
 from recap.sample import decode_image
 from recap.shards import Reject, write_rejects

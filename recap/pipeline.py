@@ -21,27 +21,15 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from eval.beside import find_beside
-from eval.config import Evaluate, Generate, Report
+from eval.config import Compare, Evaluate, Generate, Report
 from eval.judge import find_judge
 from eval.prompts import prompt_inputs, prompt_sets
 from eval.scores import check_sets, headline_sets
 from recap import pretrained, progress
-from recap.config import (
-    DEFAULT_STYLES,
-    Captioner,
-    Compare,
-    Data,
-    Dataset,
-    Finetune,
-    Model,
-    Name,
-    Relabel,
-    RunName,
-    Stitch,
-    Style,
-    Sweep,
-    Table,
-)
+from recap.config import DEFAULT_STYLES, Data, Model, Name, Relabel, RunName, Stitch, Style, Table
+from recap.config.captioner import Captioner
+from recap.config.finetune import Dataset, Finetune
+from recap.config.sweep import Sweep
 from recap.errors import UserError
 from recap.rundir import StageDir, digest, folder_identity, lock
 from recap.shards import expand, identity

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from recap.config import Captioner, Model
+from recap.config import Model
+from recap.config.captioner import Captioner
 from recap.errors import UserError
 from recap.progress import warn
 from recap.rundir import folder_identity

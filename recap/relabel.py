@@ -16,8 +16,8 @@ from recap.captioners import Captioner, open_captioner
 from recap.captioners.text import Caption
 from recap.chunks import split
 from recap.clip_bpe import clip_tokenizer
-from recap.config import Captioner as CaptionerConfig
 from recap.config import Data, Relabel, Style
+from recap.config.captioner import Captioner as CaptionerConfig
 from recap.errors import UserError
 from recap.rundir import StageDir, hash_files
 from recap.sample import Sample

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recap import pipeline, progress
-from recap.config import Dimension, Sweep
+from recap.config.sweep import Dimension, Sweep
 from recap.errors import UserError
 from recap.pipeline import Experiment, Plan, Stage
 from recap.rundir import StageDir, digest, lock

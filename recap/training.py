@@ -13,7 +13,8 @@ from torch import nn
 
 from recap import checkpoint, progress
 from recap.captioners import Tunable
-from recap.config import Finetune, Style
+from recap.config import Style
+from recap.config.finetune import Finetune
 from recap.errors import UserError
 from recap.learning_rate import learning_rate
 from recap.pairs import Features, MicroBatch

@@ -12,8 +12,9 @@ from accelerate.utils import gather_object
 from recap.caption_sets import ImageRef
 from recap.captioners import Tunable
 from recap.captioners.text import Caption
-from recap.config import Augment, Finetune, Style
-from recap.config import Validation as Config
+from recap.config import Style
+from recap.config.finetune import Augment, Finetune
+from recap.config.finetune import Validation as Config
 from recap.errors import UserError
 from recap.pairs import Features, Pair, open_image
 

@@ -8,7 +8,8 @@ import pytest
 from conftest import recap
 from test_recap_pipeline import CONFIG, settings
 
-from recap.config import Finetune, Style, Validation
+from recap.config import Style
+from recap.config.finetune import Finetune, Validation
 from recap.errors import UserError
 from recap.finetune import read_images, read_test_images
 from recap.pipeline import Experiment

@@ -18,7 +18,7 @@ from PIL import Image
 
 from recap import caption_sets
 from recap.caption_sets import CaptionedImage, ImageRef, read_dataset, read_shards, split
-from recap.config import Dataset
+from recap.config.finetune import Dataset
 from recap.errors import BadSample, UserError
 from recap.sample import Sample, decode_image
 from recap.shards import Reject, ShardWriter, read_shard

@@ -12,7 +12,9 @@ from transformers import GPT2LMHeadModel
 from recap.captioners import Tunable, open_captioner, open_tunable
 from recap.captioners.text import Text
 from recap.captioners.vocabulary import learn_vocabulary
-from recap.config import Captioner, Finetune, Style
+from recap.config import Style
+from recap.config.captioner import Captioner
+from recap.config.finetune import Finetune
 from recap.errors import UserError
 
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230), "yellow": (240, 230, 20)}

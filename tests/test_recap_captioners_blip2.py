@@ -17,7 +17,9 @@ from recap.captioners.blip2 import Blip2
 from recap.captioners.info import info
 from recap.captioners.text import IGNORE
 from recap.captioners.vocabulary import learn_vocabulary
-from recap.config import Captioner, Finetune, Lora, Style
+from recap.config import Style
+from recap.config.captioner import Captioner
+from recap.config.finetune import Finetune, Lora
 from recap.errors import UserError
 
 SHORT = Style(prompt="A short caption:", max_new_tokens=12)

@@ -24,7 +24,8 @@ pytest.importorskip("openai")
 from recap.captioners import open_captioner, served
 from recap.captioners.served import Served
 from recap.captioners.text import Caption
-from recap.config import Captioner, Style
+from recap.config import Style
+from recap.config.captioner import Captioner
 from recap.errors import UserError
 
 STYLE = Style(prompt="A short caption:", max_new_tokens=16)

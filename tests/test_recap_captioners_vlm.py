@@ -48,7 +48,9 @@ from transformers import (
 
 from recap.captioners import open_tunable
 from recap.captioners.vlm import Vlm
-from recap.config import Captioner, Finetune, Lora, Style
+from recap.config import Style
+from recap.config.captioner import Captioner
+from recap.config.finetune import Finetune, Lora
 from recap.errors import UserError
 
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 30), "blue": (40, 40, 230), "yellow": (240, 230, 20)}

@@ -17,7 +17,9 @@ from recap import training
 from recap.augment import augment
 from recap.caption_sets import CaptionedImage, ImageRef, read_shards
 from recap.captioners import open_tunable
-from recap.config import Augment, Captioner, Finetune, Style, Validation
+from recap.config import Style
+from recap.config.captioner import Captioner
+from recap.config.finetune import Augment, Finetune, Validation
 from recap.errors import UserError
 from recap.finetune import run
 from recap.pairs import Batches, Pair, draw_batch, to_pairs, usable

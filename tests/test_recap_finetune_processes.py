@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from recap.caption_sets import read_dataset
-from recap.config import Dataset
+from recap.config.finetune import Dataset
 from recap.errors import BadSample
 from recap.pairs import usable
 from recap.sample import MAX_TEXT_BYTES

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recap.config import Finetune
+from recap.config.finetune import Finetune
 from recap.learning_rate import learning_rate
 from train_t2i.config import Train
 

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recap.captioners import open_captioner
-from recap.config import Captioner, Model
+from recap.config import Model
+from recap.config.captioner import Captioner
 from recap.errors import UserError
 from recap.pretrained import find_local, identity
 
-SHOW = ("import sys; from recap.config import Captioner; from recap.captioners import open_captioner; "
+SHOW = ("import sys; from recap.config.captioner import Captioner; from recap.captioners import open_captioner; "
         "print(open_captioner(Captioner(model=sys.argv[1], revision=sys.argv[2], dtype='float32'), 'cpu').text.end)")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from recap.config import DEFAULT_STYLES, Captioner, Data, Relabel, Style
+from recap.config import DEFAULT_STYLES, Data, Relabel, Style
+from recap.config.captioner import Captioner
 from recap.errors import UserError
 from recap.relabel import run
 from recap.rundir import StageDir

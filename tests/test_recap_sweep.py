@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from recap import training
-from recap.config import Dimension, Finetune, load
+from recap.config import load
+from recap.config.finetune import Finetune
+from recap.config.sweep import Dimension
 from recap.errors import UserError
 from recap.pipeline import Experiment
 from recap.rundir import StageDir

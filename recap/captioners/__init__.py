@@ -14,8 +14,9 @@ from PIL import Image
 from torch import nn
 
 from recap.captioners.text import Caption, Text
-from recap.config import Captioner as CaptionerConfig
-from recap.config import Finetune, Style
+from recap.config import Style
+from recap.config.captioner import Captioner as CaptionerConfig
+from recap.config.finetune import Finetune
 from recap.errors import UserError
 from recap.progress import warn
 

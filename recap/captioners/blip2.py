@@ -18,8 +18,9 @@ from transformers.utils import logging
 from recap.captioners import Tunable
 from recap.captioners.lora import add_lora, load_lora
 from recap.captioners.text import IGNORE, Caption, Text, next_token_loss, pad
-from recap.config import Captioner as CaptionerConfig
-from recap.config import Finetune, Style
+from recap.config import Style
+from recap.config.captioner import Captioner as CaptionerConfig
+from recap.config.finetune import Finetune
 from recap.pretrained import load_model, load_pretrained
 
 

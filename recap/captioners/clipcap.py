@@ -18,9 +18,10 @@ from transformers.utils import logging
 
 from recap.captioners import Tunable
 from recap.captioners.text import IGNORE, Caption, Text, next_token_loss
-from recap.config import Captioner as CaptionerConfig
-from recap.config import ClipCap as Config
-from recap.config import Finetune, Model, Style
+from recap.config import Model, Style
+from recap.config.captioner import Captioner as CaptionerConfig
+from recap.config.captioner import ClipCap as Config
+from recap.config.finetune import Finetune
 from recap.errors import UserError
 from recap.pretrained import checkpoint_folder, find_local, load_pretrained
 from recap.rundir import hash_file

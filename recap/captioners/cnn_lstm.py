@@ -22,9 +22,10 @@ from transformers.utils import logging
 from recap.captioners import Assembled
 from recap.captioners.text import Caption, Text, next_token_loss
 from recap.captioners.vocabulary import learn_vocabulary
-from recap.config import Captioner as CaptionerConfig
-from recap.config import CnnLstm as Config
-from recap.config import Finetune, Model, Style
+from recap.config import Model, Style
+from recap.config.captioner import Captioner as CaptionerConfig
+from recap.config.captioner import CnnLstm as Config
+from recap.config.finetune import Finetune
 from recap.errors import UserError
 from recap.pretrained import load_model, load_pretrained
 

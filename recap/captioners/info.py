@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from recap.captioners import open_tunable
-from recap.config import Captioner, Finetune
+from recap.config.captioner import Captioner
+from recap.config.finetune import Finetune
 
 
 @dataclass(frozen=True, slots=True)

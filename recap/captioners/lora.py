@@ -9,7 +9,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as USU
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from recap.config import Lora
+from recap.config.finetune import Lora
 from recap.errors import UserError
 
 

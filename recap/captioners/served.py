@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from recap.captioners.text import Caption, visible
-from recap.config import Captioner as CaptionerConfig
 from recap.config import Style
+from recap.config.captioner import Captioner as CaptionerConfig
 from recap.errors import UserError
 
 MAX_REQUESTS = 16

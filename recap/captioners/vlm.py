@@ -25,8 +25,9 @@ from recap.captioners.chat import PROMPT, Chat, Reply, decoder_output, turn
 from recap.captioners.lora import add_lora, load_lora
 from recap.captioners.once import ReadOnce, Vision, legible
 from recap.captioners.text import IGNORE, Batch, Caption, next_token_loss, pad
-from recap.config import Captioner as CaptionerConfig
-from recap.config import Finetune, Style
+from recap.config import Style
+from recap.config.captioner import Captioner as CaptionerConfig
+from recap.config.finetune import Finetune
 from recap.errors import UserError
 from recap.pretrained import load_model, load_pretrained
 

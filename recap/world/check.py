@@ -14,7 +14,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from recap.captioners import open_captioner
-from recap.config import Captioner, Style
+from recap.config import Style
+from recap.config.captioner import Captioner
 from recap.errors import UserError
 from recap.rundir import hash_files
 from recap.sample import Sample

@@ -34,7 +34,9 @@ from tqdm import tqdm
 
 from recap.caption_sets import read_dataset
 from recap.captioners import open_tunable
-from recap.config import Captioner, Dataset, Finetune, Lora, Style
+from recap.config import Style
+from recap.config.captioner import Captioner
+from recap.config.finetune import Dataset, Finetune, Lora
 from recap.pairs import Batches, Features, Pair, draw_batch, to_pairs
 from recap.processes import open_accelerator
 from recap.rundir import StageDir
