@@ -23,7 +23,9 @@ from recap.errors import UserError
 from recap.pipeline import Experiment
 from recap.rundir import StageDir
 from recap.shards import Reject, ShardWriter, read_shard
-from recap.sweep import combinations, overrides, sweep, table
+from recap.sweep import sweep
+from recap.sweep.result import overrides, table
+from recap.sweep.space import combinations
 from recap.training import Training
 
 EXPERIMENT = """
@@ -245,7 +247,7 @@ def test_a_stop_between_a_trials_end_and_the_study_costs_nothing(sweeps: Sweeps,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("recap.sweep.Study.tell", stop)
+        patch.setattr("recap.sweep.study.Study.tell", stop)
         sweeps.run(TWO)
     taken = count_steps(monkeypatch)
     assert tried(sweeps.run(TWO)) == tried(whole)
