@@ -1,10 +1,8 @@
 """The figures of captioners side by side: for the terminal, as JSON, and on a page with pictures."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -40,8 +38,8 @@ class Scored:
     family: str
     styles: list[str]
     images: list[CaptionedImage]
-    captions: Path
-    """`captions.json`: style → uid → `text`, `ended`."""
+    captions: dict[str, dict[str, dict[str, Any]]]
+    """Style → uid → `text`, `ended`."""
     training: dict[str, Any]
     """What fine-tuning found; nothing of a base as it is."""
     captioning: dict[str, Any]
@@ -84,14 +82,13 @@ def score(found: list[Scored], baseline: str, seed: int) -> list[dict[str, Any]]
 
 def _by_style(each: Scored) -> dict[str, ScoredCaptions]:
     """Style → scores of the captions of the images that have references of the style."""
-    captions = json.loads(each.captions.read_bytes())
     scored = {}
-    for style in captions:
+    for style, captions in each.captions.items():
         references = _references(each.images, style)
         if len(references) < 2:
             raise UserError(f"compare: {len(references)} test images have a caption of style {style}, and CIDEr-D "
                             "needs two at least: raise finetune.test_share")
-        said = {uid: captions[style][uid]["text"] for uid in references}
+        said = {uid: captions[uid]["text"] for uid in references}
         try:
             found = score_captions(said, references, document_frequencies(references))
             scored[style] = _with_facts(with_meteor(found) if each.meteor else found, said, each)
@@ -106,8 +103,7 @@ def _references(images: Iterable[CaptionedImage], style: str) -> dict[str, list[
 
 
 def _ended(each: Scored, style: str) -> float:
-    captions = json.loads(each.captions.read_bytes())[style]
-    return sum(found["ended"] for found in captions.values()) / len(captions)
+    return sum(caption["ended"] for caption in each.captions[style].values()) / len(each.captions[style])
 
 
 # --- facts, where a judge can tell ---------------------------------------------------------------------------------
@@ -218,11 +214,10 @@ def _count(number: int | None) -> str:
 
 def page(name: str, result: dict[str, Any], found: list[Scored], num_samples: int) -> str:
     """The page: the table, what differs from the baseline, and pictures with what each captioner says of them."""
-    said = {each.name: json.loads(each.captions.read_bytes()) for each in found}
     samples = [{"picture": thumbnail(image.image), "uid": image.uid, "styles": [
         {"name": style, "references": [text for kind, text in image.captions if kind == style],
-         "captions": [(who, captions[style][image.uid]) for who, captions in said.items()
-                      if image.uid in captions.get(style, {})]}
+         "captions": [(each.name, each.captions[style][image.uid]) for each in found
+                      if image.uid in each.captions.get(style, {})]}
         for style in found[0].styles if any(kind == style for kind, _ in image.captions)]}
         for image in found[0].images[:num_samples]]
     return _template().render(name=name, result=result, samples=samples, facts=FACTS)

@@ -7,6 +7,7 @@ skipped that is already done.
 """
 
 import functools
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,24 +119,24 @@ def _test_images(folder: Path, plan: Plan, config: Compare) -> list[CaptionedIma
 def _caption(stage: StageDir, images: list[CaptionedImage], captioner: Captioner, exp: Experiment,
              batch_size: int) -> dict[str, Any]:
     """Caption every test image in every style that it has a reference of; how fast, and how large the captioner is."""
-    captions: dict[str, dict[str, dict[str, Any]]] = {style: {} for style in exp.styles}
-    seconds = dict.fromkeys(exp.styles, 0.0)
-    known = {style for image in images for style, _ in image.captions}
+    known = [style for style in exp.styles if any(style == kind for image in images for kind, _ in image.captions)]
+    captions: dict[str, dict[str, dict[str, Any]]] = {style: {} for style in known}
+    seconds = dict.fromkeys(known, 0.0)
     with progress.bar("caption", len(images)) as bar:
         for start in range(0, len(images), batch_size):
             batch = images[start:start + batch_size]
             pictures = [open_image(Pair(image.uid, image.image, "", ""), Augment(), "") for image in batch]
             features = captioner.encode(captioner.preprocess(pictures))
-            for style in known & set(exp.styles):
+            for style in known:
                 started = time.perf_counter()
                 for image, found in zip(batch, captioner.caption(features, exp.styles[style]), strict=True):
                     captions[style][image.uid] = {"text": found.text, "ended": found.ended}
                 seconds[style] += time.perf_counter() - started
             bar.update(len(batch))
-    write_json(str(stage.path / "captions.json"), {style: found for style, found in captions.items() if found})
+    write_json(str(stage.path / "captions.json"), captions)
     count = sum(p.numel() for p in captioner.model.parameters()) if isinstance(captioner, Tunable) else None
     return {"images": len(images), "parameters": count,
-            "images_per_second": {style: len(images) / spent for style, spent in seconds.items() if spent}}
+            "images_per_second": {style: len(images) / spent for style, spent in seconds.items()}}
 
 
 # --- what the table is made of -------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def _scored(contestant: Contestant, config: Compare, downstream: bool) -> Scored
     stage = _captions(contestant, config)
     return Scored(
         name=contestant.name, family=contestant.exp.captioner.family, styles=list(contestant.exp.styles),
-        images=_test_images(stage.path, plan, config), captions=stage.path / "captions.json",
+        images=_test_images(stage.path, plan, config), captions=json.loads((stage.path / "captions.json").read_bytes()),
         training=finetune.dir.result() if finetune else {}, captioning=stage.dir.result(),
         downstream=_downstream(plan) if downstream else {}, judge=contestant.exp.evaluate.judge,
         device=plan.device, meteor=config.meteor)
