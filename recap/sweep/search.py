@@ -18,9 +18,12 @@ from recap.sweep.space import Values, combinations, nested, samples
 from recap.sweep.study import Study, Trial, direction
 from recap.variants import variant
 
-HELD_OUT = ("finetune.validation.share", "finetune.validation.shards", "finetune.validation.dataset",
-            "finetune.validation.num_images", "finetune.validation.select_by", "finetune.test_share", "finetune.seed")
-"""What decides on which images, and in what, trials are compared."""
+HELD_OUT = ("finetune.shards", "finetune.dataset", "finetune.validation", "finetune.test_share", "finetune.seed",
+            "finetune.max_tokens")
+"""What decides on which captions of which images, and in what, trials are compared."""
+OF_TOKENS = ("captioner.family", "captioner.model", "captioner.clipcap.gpt2", "captioner.transformer.decoder",
+             "captioner.transformer.vocab_size", "captioner.cnn_lstm.vocab_size")
+"""What decides which tokens a loss is the mean of."""
 
 
 class Failed(Exception):
@@ -76,8 +79,11 @@ class Search:
             UserError: an unknown key, a value that doesn't fit, or a key that decides what trials are compared on.
         """
         for key in self.config.space:
-            if any(key == held or key.startswith(f"{held}.") for held in HELD_OUT):
+            if _touches(key, HELD_OUT):
                 raise UserError(f"sweep.space: with another {key}, trials could not be compared: leave it out")
+            if self.metric == "loss" and _touches(key, OF_TOKENS):
+                raise UserError(f"sweep.space: a loss is a mean over tokens, and {key} makes others of the same words: "
+                                "set sweep.metric = \"cider_d\"")
         is_grid = self.config.sampler == "grid"
         for values in combinations(self.config.space) if is_grid else self._variations():
             self.experiment("trial", values)
@@ -151,6 +157,11 @@ class Search:
             best = {**best, "overrides": overrides(best["values"] | of_metric)}
         return {"schema": 1, "metric": self.metric, "direction": direction(self.metric), "trials": entries,
                 "best": best}
+
+
+def _touches(key: str, others: tuple[str, ...]) -> bool:
+    """Whether a key is one of others, lies in one, or holds one."""
+    return any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in others)
 
 
 def _guarded(stage: Stage, folder: StageDir) -> dict[str, Any]:

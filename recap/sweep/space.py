@@ -19,9 +19,11 @@ def combinations(space: dict[str, Dimension]) -> list[Values]:
 
 
 def samples(dimension: Dimension) -> list[Any]:
-    """All values; of a range without steps, both ends and one between, which is no integer where floats are tried."""
+    """All values of a list; of a range, both ends, and one between, which is no integer where floats are tried."""
+    if dimension.values is not None:
+        return dimension.values
     if (listed := dimension.listed()) is not None:
-        return listed
+        return [*dict.fromkeys([listed[0], listed[len(listed) // 2], listed[-1]])]
     low, high = dimension.low, dimension.high
     assert low is not None and high is not None  # noqa: S101  (the table holds it)
     return [low, high] if dimension.is_integer else [low, low + (high - low) / math.pi, high]
