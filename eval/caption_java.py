@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def meteor_statistics(candidates: Sequence[Words], references: Sequence[Sequence
     Raises:
         ValueError: Java or pycocoevalcap is missing, or METEOR fails, hangs, or answers something else.
     """
-    folder = _program("METEOR", "meteor")
+    folder = program("METEOR")
     lines = [" ||| ".join(["SCORE", *map(_joined, refs), _joined(words)])
              for words, refs in zip(candidates, references, strict=True)]
     wait = timeout_s if timeout_s is not None else 120 + 0.1 * sum(map(len, references))
@@ -96,11 +97,7 @@ def spice(candidates: Sequence[Words], references: Sequence[Sequence[Words]],
     Raises:
         ValueError: Java, pycocoevalcap or CoreNLP is missing, or SPICE fails or hangs (it fails on Java 16 to 20).
     """
-    folder = _program("SPICE", "spice")
-    missing = [name for name in _CORENLP if not (folder / "lib" / name).is_file()]
-    if missing:
-        raise ValueError(f"SPICE needs {' and '.join(missing)} in {folder / 'lib'}: download CoreNLP 3.6.0 from "
-                         "nlp.stanford.edu and put them there, or leave SPICE out")
+    folder = program("SPICE")
     wait = timeout_s if timeout_s is not None else 600 + 0.5 * sum(map(len, references))
     cases = [{"image_id": place, "test": _joined(words), "refs": [*map(_joined, refs)]}
              for place, (words, refs) in enumerate(zip(candidates, references, strict=True))]
@@ -121,8 +118,12 @@ def _joined(words: Words) -> str:
     return " ".join(words).replace("|||", "")  # which would part METEOR's fields
 
 
-def _program(metric: str, name: str) -> Path:
-    """The folder of pycocoevalcap with a Java program."""
+def program(metric: Literal["METEOR", "SPICE"]) -> Path:
+    """The folder of pycocoevalcap with a Java program.
+
+    Raises:
+        ValueError: Java, pycocoevalcap, or SPICE's CoreNLP is missing.
+    """
     if shutil.which("java") is None:
         raise ValueError(f"{metric} needs Java, and there is no java on the PATH: install a Java runtime, or leave "
                          f"{metric} out")
@@ -130,7 +131,12 @@ def _program(metric: str, name: str) -> Path:
     if found is None or not found.submodule_search_locations:
         raise ValueError(f"{metric} needs the package pycocoevalcap: `pip install pycocoevalcap`, or leave "
                          f"{metric} out")
-    return Path(found.submodule_search_locations[0], name)
+    folder = Path(found.submodule_search_locations[0], metric.lower())
+    missing = [name for name in _CORENLP if metric == "SPICE" and not (folder / "lib" / name).is_file()]
+    if missing:
+        raise ValueError(f"SPICE needs {' and '.join(missing)} in {folder / 'lib'}: download CoreNLP 3.6.0 from "
+                         "nlp.stanford.edu and put them there, or leave SPICE out")
+    return folder
 
 
 def _run(metric: str, arguments: list[str], folder: Path, given: str, timeout_s: float) -> str:

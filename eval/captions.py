@@ -53,6 +53,12 @@ class ScoredCaptions:
     diversity: dict[str, Diversity]
     """Figures that count different things."""
 
+    @property
+    def values(self) -> dict[str, float]:
+        """Every figure, by name."""
+        return ({name: each.value for name, each in self.measures.items()}
+                | {name: each.value for name, each in self.diversity.items()})
+
     def with_scores(self, name: str, scores: Mapping[Any, float] | Sequence[float] | np.ndarray) -> "ScoredCaptions":
         """The same with one figure more: the mean of scores by key (or by place, if captions were given as lists).
 

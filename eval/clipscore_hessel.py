@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
 
 PREFIX = "A photo depicts "
 """What goes before every caption and reference."""
 WEIGHT = 2.5
-_IMAGE_BATCH = 64
 
 
 class Embedder(Protocol):
-    """What CLIPScore needs; `eval.clip_score.ClipScorer` is one."""
+    """What CLIPScore needs of texts; `eval.clip_score.ClipScorer` is one."""
 
-    def embed_images(self, images: list[Image.Image]) -> np.ndarray:
-        """Embed images, RGB: (N, D), rows of length 1."""
+    context_length: int
+
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a text with its begin and end marks, uncut."""
 
     def embed_texts(self, texts: list[str]) -> np.ndarray:
         """Embed texts: (N, D), rows of length 1."""
@@ -68,22 +68,30 @@ def ref_clipscore(scores: np.ndarray, caption_embeddings: np.ndarray,
     return np.where(total > 0, 2 * scores * nearest / np.where(total > 0, total, 1), 0)
 
 
-def clipscores(embedder: Embedder, images: Sequence[Image.Image], captions: Sequence[str],
-                  references: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """CLIPScore and RefCLIPScore of captions, both (N,), by a model that the caller brings.
+def clipscores(embedder: Embedder, image_embeddings: np.ndarray, captions: Sequence[str],
+               references: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray, int]:
+    """CLIPScore and RefCLIPScore of captions, by a model that the caller brings.
 
-    A caption beyond CLIP's 77 tokens counts by its beginning: these are scores of short captions.
+    Args:
+        embedder: the model's text side.
+        image_embeddings: (N, D), rows of length 1, of the same model.
+        captions: N of them.
+        references: of each image, one or more.
+
+    Returns:
+        CLIPScores, (N,); RefCLIPScores, (N,); and how many captions go beyond the model's 77 tokens, and so count by
+        their beginning: these are scores of short captions.
     """
-    if not len(images) == len(captions) == len(references) or not all(references):
-        raise ValueError(f"{len(images)} images, {len(captions)} captions and references of {len(references)} images, "
-                         "one or more each, are needed in equal number")
-    said = embedder.embed_texts([PREFIX + caption for caption in captions])
+    if not len(image_embeddings) == len(captions) == len(references) or not all(references):
+        raise ValueError(f"{len(image_embeddings)} images, {len(captions)} captions and references of "
+                         f"{len(references)} images, one or more each, are needed in equal number")
+    texts = [PREFIX + caption for caption in captions]
+    num_cut = sum(embedder.num_tokens(text) > embedder.context_length for text in texts)
+    said = embedder.embed_texts(texts)
     flat = embedder.embed_texts([PREFIX + text for each in references for text in each])
     of_people = np.split(flat, np.cumsum([len(each) for each in references])[:-1])
-    seen = np.concatenate([embedder.embed_images([*images[start:start + _IMAGE_BATCH]])
-                           for start in range(0, len(images), _IMAGE_BATCH)])
-    scores = clipscore_hessel(seen, said)
-    return scores, ref_clipscore(scores, said, of_people)
+    scores = clipscore_hessel(image_embeddings, said)
+    return scores, ref_clipscore(scores, said, of_people), num_cut
 
 
 def _check_unit(what: str, vectors: np.ndarray) -> None:

@@ -1,6 +1,6 @@
 """The `[compare]`, `[generate]`, `[evaluate]` and `[report]` tables."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,15 +12,17 @@ class Compare(Table):
 
     captioners: dict[Name, dict[str, Any]] = Field(min_length=1)
     """Name → tables that differ (`captioner.family = "blip"`, `finetune.lr = 1e-4`). `captioner.tuned = "none"` is the
-    base as it is. All learn from the same images and are scored on the same others, `finetune.test_share` of them."""
+    base as it is; a folder is a captioner that was tuned before. All others learn from the same images, and all are
+    scored on the same others, `finetune.test_share` of them."""
     baseline: Name | None = None
     """The one that the others are compared with; by default the first."""
     num_images: int = Field(1000, ge=2)
     """At most so many images are captioned and scored."""
     batch_size: int = Field(32, ge=1)
     """Images captioned at once."""
-    meteor: bool = False
-    """METEOR too; needs Java and pycocoevalcap."""
+    metrics: list[Literal["meteor", "spice", "clipscore"]] = []
+    """Beside those of words: METEOR and SPICE, which need Java and pycocoevalcap (and SPICE CoreNLP); CLIPScore and
+    RefCLIPScore, by the model of `evaluate.clip_score`."""
     num_samples: int = Field(12, ge=0)
     """Images on the page."""
 

@@ -68,6 +68,23 @@ def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarr
 # --- training seeds ------------------------------------------------------------------------------------------------
 
 
+def holm(ps: Sequence[float]) -> list[float]:
+    """p-values of several questions, adjusted so that any of them is wrongly answered in 5 % of cases (Holm 1979).
+
+    Args:
+        ps: p-values, one a question.
+
+    Returns:
+        Adjusted p-values in the same order, to be held to the same threshold.
+    """
+    order = sorted(range(len(ps)), key=lambda place: ps[place])
+    found, least = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(order):
+        least = max(least, min(1.0, (len(ps) - rank) * ps[place]))
+        found[place] = least
+    return found
+
+
 def by_seed(scores: np.ndarray, seeds: Sequence[int] | None) -> np.ndarray:
     """(R, N), a row a run → (S, N), a row a seed: the mean of its runs.
 

@@ -181,14 +181,19 @@ def _first(rejects: list[Reject]) -> str:
 # --- files and folders ---------------------------------------------------------------------------------------------
 
 
-def _open(config: Dataset) -> tuple[CaptionsFile, str]:
-    """The captions file, read, and the folder of its images."""
+def places(config: Dataset) -> tuple[str, str]:
+    """Where a set's captions file is, and the folder of its images."""
     path = config.captions
-    if not all(map(is_local, filter(None, (path, config.images)))):
-        raise UserError(f"{path}: {config.format} sets are read from local folders: copy it, or make shards of it")
     if config.format == "imagefolder" and Path(path).is_dir():
         path = os.path.join(path, "metadata.jsonl")
-    folder = config.images or str(Path(path).parent)
+    return path, config.images or str(Path(path).parent)
+
+
+def _open(config: Dataset) -> tuple[CaptionsFile, str]:
+    """The captions file, read, and the folder of its images."""
+    path, folder = places(config)
+    if not all(map(is_local, (path, folder))):
+        raise UserError(f"{path}: {config.format} sets are read from local folders: copy it, or make shards of it")
     if not Path(folder).is_dir():
         raise UserError(f"no folder at {folder}: `images` is where the images of {path} lie")
     try:

@@ -49,10 +49,11 @@ def _run(accelerator: Accelerator, stage: StageDir, shards: list[str], config: F
     if config.batch_size < accelerator.num_processes:
         raise UserError(f"finetune.batch_size={config.batch_size} is less than the {accelerator.num_processes} "
                         "processes that share a batch: raise it")
+    torch.manual_seed(config.seed)  # the first weights of what is new; twice, as reading the images may draw, too
     captioner = open_tunable(captioner_config, str(accelerator.device))
     with accelerator.main_process_first():  # it leaves what it found for the others to read
         held_in, held_out = read_images(stage.path, shards, config, styles)
-    torch.manual_seed(config.seed)  # the first weights of what is new
+    torch.manual_seed(config.seed)
     captioner.prepare(config, [caption for image in held_in for _, caption in image.captions])
     pairs, validation, num_cut = _pairs(held_in, held_out, styles, captioner, config)
     config = with_steps(config, len(pairs))
@@ -88,8 +89,17 @@ def read_images(folder: Path, shards: list[str], config: Finetune,
     if validation.shards or validation.dataset:
         given = expand(validation.shards, "finetune.validation.shards") if validation.shards else []
         found = _read(given, validation.dataset, styles)
-        return held_in, _usable(folder / "validation_quarantine.jsonl", *found, config)
+        held_out = _usable(folder / "validation_quarantine.jsonl", *found, config)
+        _check_apart(images, held_out)
+        return held_in, held_out
     return split(held_in, validation.share, config.seed) if validation.share else (held_in, [])
+
+
+def _check_apart(images: list[CaptionedImage], held_out: list[CaptionedImage]) -> None:
+    both = {image.image for image in images} & {image.image for image in held_out}
+    if both:
+        raise UserError(f"finetune.validation: {len(both)} of its {len(held_out)} images are among those to train and "
+                        f"test on, as {min(image.url for image in both)}: name others, or set validation.share")
 
 
 def read_test_images(folder: Path, shards: list[str], config: Finetune,

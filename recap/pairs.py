@@ -6,6 +6,7 @@ What a step sees follows from its number and the seed alone, so that a run that 
 import functools
 import json
 import random
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,9 @@ def to_pairs(images: Iterable[CaptionedImage], styles: dict[str, Style], caption
     cut, one word that is longer than the limit, is no pair.
     """
     rooms = {style: captioner.text.room(settings.prompt) for style, settings in styles.items()}
+    for style, room in rooms.items():
+        if room is not None and room < 1:
+            raise UserError(f"styles.{style}.prompt: it takes all positions that this captioner has: shorten it")
     limits = {style: max_tokens if room is None else min(max_tokens, room) for style, room in rooms.items()}
     pairs, num_cut = [], 0
     for image in images:
@@ -199,10 +203,13 @@ class Features:
         self.path, self.device = path, device
         self.images = {pair.image: pair for pair in pairs}
         self.rows = {image: row for row, image in enumerate(self.images)}
+        self.seconds = 0.0
+        """That `fill` took."""
 
     @torch.no_grad()
     def fill(self, captioner: Tunable, batch_size: int) -> None:
         """Encode every image, unless it has been done."""
+        started = time.perf_counter()
         if not self.path.exists():
             temporary = self.path.with_suffix(".tmp")
             todo, file = list(self.images.values()), None
@@ -218,6 +225,7 @@ class Features:
             if file is not None:
                 file.flush()
             temporary.rename(self.path)
+            self.seconds = time.perf_counter() - started
         self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
 
     def of(self, pairs: list[Pair]) -> torch.Tensor:

@@ -26,8 +26,9 @@ from eval.judge import find_judge
 from eval.prompts import prompt_inputs, prompt_sets
 from eval.scores import check_sets, headline_sets
 from recap import pretrained, progress
+from recap.caption_sets import places
 from recap.config import DEFAULT_STYLES, Data, Model, Name, Relabel, RunName, Stitch, Style, Table
-from recap.config.captioner import Captioner
+from recap.config.captioner import Captioner, Part
 from recap.config.finetune import Dataset, Finetune
 from recap.config.sweep import Sweep
 from recap.errors import UserError
@@ -266,8 +267,8 @@ class Plan:
             "relabel": exp.relabel, "styles": exp.styles, "captioner": exp.captioner.own(),
             "alt_text": exp.data.alt_text, "inputs": inputs.identity,
             "checkpoint": _captioner_checkpoint(exp.captioner),
-            "tuned": finetune.dir.fingerprint if finetune else _given_tuned(exp.captioner)[1],
-        }, lambda: (inputs.urls, exp.captioner, _tuned(finetune) or _given_tuned(exp.captioner)[0], exp.styles,
+            "tuned": finetune.dir.fingerprint if finetune else given_tuned(exp.captioner)[1],
+        }, lambda: (inputs.urls, exp.captioner, _tuned(finetune) or given_tuned(exp.captioner)[0], exp.styles,
                     exp.relabel, exp.data, self.device))
 
     def train(self, seed: int, arm: str, relabel: Stage | None) -> Stage:
@@ -391,17 +392,16 @@ def _upstream(stages: Iterable[Stage]) -> list[Stage]:
 def _captioner_checkpoint(captioner: Captioner) -> Any:
     """Identity of a captioner's checkpoint, or of the parts that it is put together from."""
     found = {"model": _checkpoint(captioner, "captioner")} if captioner.model and not captioner.server else {}
-    return found | {where: _checkpoint(Model(model=name), where) for where, name in captioner.parts().items()}
+    return found | {where: _checkpoint(Part.of(name), where) for where, name in captioner.parts().items()}
 
 
 def _dataset(config: Dataset | None) -> Any:
     """Identity of a data set: its captions file, and the names, sizes and times of its images."""
     if config is None:
         return None
-    captions = Path(config.captions)
-    folder = Path(config.images) if config.images else captions if captions.is_dir() else captions.parent
-    return [identity(config.captions) if captions.is_file() else None,
-            folder_identity(folder) if folder.is_dir() else None]
+    captions, images = (Path(each) for each in places(config))
+    return [identity(str(captions)) if captions.is_file() else None,
+            folder_identity(images) if images.is_dir() else None]
 
 
 def _tuned(finetune: Stage | None) -> Path | None:
@@ -409,7 +409,7 @@ def _tuned(finetune: Stage | None) -> Path | None:
     return finetune.path / finetune.dir.result()["chosen"] if finetune else None
 
 
-def _given_tuned(captioner: Captioner) -> tuple[Path | None, Any]:
+def given_tuned(captioner: Captioner) -> tuple[Path | None, Any]:
     """The tuned captioner that the file names, and its identity; none for the base alone."""
     if captioner.tuned in (None, "none"):
         return None, None

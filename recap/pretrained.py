@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from recap.config import Model
-from recap.config.captioner import Captioner
+from recap.config.captioner import Captioner, Part
 from recap.errors import UserError
 from recap.progress import warn
 from recap.rundir import folder_identity
@@ -33,13 +33,18 @@ def load_pretrained(loader: Callable[..., T], ref: Model, where: str, weights: b
     try:
         return loader(str(folder), **options)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{where}.model: cannot load {ref.model}: {_one_line(error)}") from error
+        raise UserError(f"{_key(ref, where)}: cannot load {ref.model}: {_one_line(error)}") from error
 
 
-def load_model(kind: Any, ref: Captioner, device: str) -> Any:
-    """A captioner's model, frozen, on its device; `kind` is its class in transformers.
+def load_model(kind: Any, ref: Captioner | Part, device: str, where: str = "captioner", unread: str = "") -> Any:
+    """A captioner's model, or a part of it, frozen, on its device.
 
-    On the device `meta` it is made from its configuration, without weights.
+    Args:
+        kind: its class in transformers.
+        ref: the checkpoint.
+        device: on `meta` it is made from its configuration, without weights.
+        where: for messages.
+        unread: what weights begin with that may be missing, as nothing reads them.
 
     Raises:
         UserError: as `load_pretrained`; weights are missing, which transformers would leave random with a warning; or
@@ -47,30 +52,29 @@ def load_model(kind: Any, ref: Captioner, device: str) -> Any:
     """
     import torch
     if not hasattr(kind, "from_config"):
-        _check_kind(kind, ref, device != "meta")
+        _check_kind(kind, ref, where, device != "meta")
     if device == "meta":
-        config = load_pretrained(_config_class(kind).from_pretrained, ref, "captioner", weights=False,
+        config = load_pretrained(_config_class(kind).from_pretrained, ref, where, weights=False,
                                  trust_remote_code=False)
         with torch.device("meta"):
             model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
         return model.requires_grad_(False)
-    own_code = {"trust_remote_code": False} if hasattr(kind, "from_config") else {}  # unsaid, transformers would ask
     options = _quantized(ref, device) if ref.quantization != "none" else {"dtype": getattr(torch, ref.dtype)}
-    model, info = load_pretrained(kind.from_pretrained, ref, "captioner", use_safetensors=True,
-                                  output_loading_info=True, **options, **own_code)
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"captioner.model: {ref.model} lacks {len(missing)} weights of a {type(model).__name__}, "
+    model, info = load_pretrained(kind.from_pretrained, ref, where, use_safetensors=True, output_loading_info=True,
+                                  trust_remote_code=False, **options)  # unsaid, transformers would ask
+    if missing := sorted(name for name in info["missing_keys"] if not unread or not name.startswith(unread)):
+        raise UserError(f"{_key(ref, where)}: {ref.model} lacks {len(missing)} weights of a {type(model).__name__}, "
                         f"{missing[0]} first: it is another model, or damaged")
     model.requires_grad_(False)
     return model if ref.quantization != "none" else model.to(device)
 
 
-def _check_kind(kind: Any, ref: Captioner, weights: bool) -> None:
+def _check_kind(kind: Any, ref: Model, where: str, weights: bool) -> None:
     """Refuse a checkpoint of another class, which transformers would open as far as it fits."""
-    found, _ = load_pretrained(kind.config_class.get_config_dict, ref, "captioner", weights)
+    found, _ = load_pretrained(kind.config_class.get_config_dict, ref, where, weights)
     if found.get("model_type") != kind.config_class.model_type:
-        raise UserError(f"captioner.model: {ref.model} holds a model of type {found.get('model_type')!r}, and family "
-                        f"{ref.family} needs {kind.config_class.model_type!r}: name another, or the family that it is")
+        raise UserError(f"{_key(ref, where)}: {ref.model} holds a model of type {found.get('model_type')!r}, and "
+                        f"{kind.config_class.model_type!r} is needed: name another, or the family that it is of")
 
 
 def _config_class(kind: Any) -> Any:
@@ -106,7 +110,7 @@ def find_local(ref: Model, where: str) -> Path | None:
         return path
     is_hub_id = not ref.model.startswith("local-dir:") and not name.startswith((".", "/", "~")) and name.count("/") <= 1
     if not is_hub_id:
-        raise UserError(f"{where}.model: no folder at {name}: check the path, or give a hub id")
+        raise UserError(f"{_key(ref, where)}: no folder at {name}: check the path, or give a hub id")
     return None
 
 
@@ -119,15 +123,21 @@ def identity(ref: Model) -> Any:
 def _fetch(ref: Model, where: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     if ref.revision == "main":
-        warn(f"{where}.model {ref.model} is read at revision main, which can change: pin a commit in {where}.revision")
+        pin = f"write {ref.model}@COMMIT" if isinstance(ref, Part) else f"pin a commit in {where}.revision"
+        warn(f"{_key(ref, where)} {ref.model} is read at revision main, which can change: {pin}")
     try:
         return Path(snapshot_download(_without_scheme(ref.model), revision=ref.revision,
                                       allow_patterns=SAFE_FILES if weights else CONFIG_FILES,
                                       ignore_patterns=NEEDLESS_FILES))
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{where}.model: no folder {ref.model}, and the hub does not give it at revision "
+        raise UserError(f"{_key(ref, where)}: no folder {ref.model}, and the hub does not give it at revision "
                         f"{ref.revision}: give a local folder, or check the id and the connection "
                         f"({_one_line(error)})") from error
+
+
+def _key(ref: Model, where: str) -> str:
+    """Where the experiment file names a checkpoint: its table's `model`, or a key of its own."""
+    return where if isinstance(ref, Part) else f"{where}.model"
 
 
 def _without_scheme(name: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
@@ -21,8 +22,11 @@ def open_accelerator(precision: str, device: str) -> Accelerator:
 
     Args:
         precision: `no`, `bf16` or `fp16`: autocast.
-        device: `cpu` keeps it off the GPUs; else it takes those it finds.
+        device: `cpu` keeps it off the GPUs; `cuda:1` takes that one, where there is one process; else it takes those
+            that it finds.
     """
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     # accelerate keeps the precision of the first training of a process for all that follow; a run has several.
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision=precision, cpu=device == "cpu",

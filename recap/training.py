@@ -40,7 +40,7 @@ class History:
     waited: int = 0
     """Validations since the best one."""
     seconds: float = 0.0
-    """Of training, validations not counted."""
+    """Of training, with the encoding of kept features; validations not counted."""
     recent: list[float] = field(default_factory=list)
     """Training losses since the last entry of `losses`."""
 
@@ -79,6 +79,7 @@ class Training:
         self.parameters = captioner.trainable()
         optimizer = torch.optim.AdamW(_groups(self.parameters, config.weight_decay), lr=config.lr, fused=True)
         self.history = _resume(stage, self.parameters, optimizer)
+        self.history.seconds += features.seconds if features else 0
         self.loss, self.optimizer = accelerator.prepare(Loss(captioner), optimizer, device_placement=[False, False])
         self.clock = time.perf_counter()
         captioner.set_training(True)
@@ -152,7 +153,6 @@ class Training:
         self.captioner.set_training(False)
         found = validator.look(self.accelerator)
         self.captioner.set_training(True)
-        self._tick(counts=False)
         history = self.history
         if found.figures:
             history.validations.append({"step": self.done, **found.figures})
@@ -166,6 +166,7 @@ class Training:
             self.stage.log(event="validation", step=self.done, **found.figures)
             write_sheet(self.stage.path / "sheets" / f"{self.done:06d}.html", self.done, self.num_steps,
                         asdict(history), found.rows)
+        self._tick(counts=False)
 
     def save(self) -> None:
         if self.accelerator.is_main_process:

@@ -9,6 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from eval.caption_tokens import tokenize
+from eval.captions import describe, score_captions
+from recap import progress
 from recap.caption_sets import ImageRef
 from recap.captioners import Tunable
 from recap.captioners.text import Caption
@@ -20,6 +23,8 @@ from recap.pairs import Features, Pair, open_image
 
 NUM_SHOWN = 12
 """Images on a sheet."""
+LONG = 25
+"""Words from which on CIDEr-D says little: people's captions of 31 words score .013 against one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +63,24 @@ class Validator:
             self.references.setdefault(pair.image, {}).setdefault(pair.style, []).append(pair.caption)
             self.uids[pair.image] = pair.uid
         self.images = list(self.references)[:config.validation.num_images if held_out else NUM_SHOWN]
-        if held_out and config.validation.select_by == "cider_d" and len(self.images) < 2:
-            raise UserError("finetune.validation.select_by: CIDEr-D needs two held-out images at least: hold out more, "
-                            "or select by loss")
+        if held_out and config.validation.select_by == "cider_d":
+            self._check_cider()
+
+    def _check_cider(self) -> None:
+        """Refuse to select by CIDEr-D where there is none, and warn where it says little."""
+        scored = {style: found for style in self.styles if len(found := self._with_words(style)) > 1}
+        if not scored:
+            raise UserError("finetune.validation.select_by: CIDEr-D needs two held-out images of a style at least: "
+                            "hold out more, or select by loss")
+        for style, images in scored.items():
+            texts = [text for image in images for text in self.references[image][style]]
+            if sum(len(tokenize(text)) for text in texts) > LONG * len(texts):
+                progress.warn(f"captions of style {style} have more than {LONG} words: CIDEr-D is near 0 even for good "
+                              "ones, so select by loss")
+
+    def _with_words(self, style: str) -> list[ImageRef]:
+        """The images with a reference of the style that has words, not only signs: n-grams score these alone."""
+        return [image for image in self.images if any(map(tokenize, self.references[image].get(style, [])))]
 
     def is_due(self, step: int) -> bool:
         return step % self.every == 0 or step == self.config.steps
@@ -73,8 +93,8 @@ class Validator:
         rows = [Row(self.uids[image], image, self.references[image], spoken[image]) for image in self.images]
         if not self.held_out:
             return Found({}, rows[:NUM_SHOWN])
-        by_style = {style: self._figures(style, rows) for style in self.styles
-                    if any(style in row.references for row in rows)}
+        by_style = {style: self._figures(style, images, spoken) for style in self.styles
+                    if (images := self._with_words(style))}
         known = [figures["cider_d"] for figures in by_style.values() if "cider_d" in figures]
         overall = {"cider_d": sum(known) / len(known)} if known else {}
         return Found({"loss": self._loss(accelerator), **overall, "styles": by_style}, rows[:NUM_SHOWN])
@@ -110,16 +130,13 @@ class Validator:
         images = [open_image(pair, Augment(), "") for pair in pairs]
         return self.captioner.encode(self.captioner.preprocess(images))
 
-    def _figures(self, style: str, rows: list[Row]) -> dict[str, Any]:
-        """CIDEr-D and lengths of one style's captions."""
-        from eval.captions import describe, score_captions
-        shown = [row for row in rows if style in row.references]
-        captions = [row.captions[style].text for row in shown]
-        references = [row.references[style] for row in shown]
-        found = dict(describe(captions, references))
-        if len(shown) > 1:
-            found["cider_d"] = score_captions(captions, references).measures["cider_d"].value
-        return {**found, "ended": sum(row.captions[style].ended for row in shown) / len(shown)}
+    def _figures(self, style: str, images: list[ImageRef],
+                 spoken: dict[ImageRef, dict[str, Caption]]) -> dict[str, Any]:
+        """What `score_captions` finds of one style's captions; without n-gram scores where there is one image alone."""
+        captions = [spoken[image][style] for image in images]
+        texts, references = [caption.text for caption in captions], [self.references[image][style] for image in images]
+        found = score_captions(texts, references).values if len(images) > 1 else describe(texts, references)
+        return {**found, "ended": sum(caption.ended for caption in captions) / len(captions)}
 
 
 def is_better(value: float, best: float | None, config: Config) -> bool:

@@ -8,6 +8,7 @@ import pytest
 from conftest import recap
 from test_recap_pipeline import CONFIG, settings
 
+from recap.caption_sets import CaptionedImage, ImageRef
 from recap.config import Style
 from recap.config.finetune import Finetune, Validation
 from recap.errors import UserError
@@ -41,6 +42,8 @@ styles.short = {{ prompt = "A short caption:", max_new_tokens = 8 }}
 styles.long = {{ prompt = "A detailed caption:", max_new_tokens = 16 }}
 captioner.dtype = "float32"
 finetune = {{ shards = "{shard}", steps = 2, batch_size = 4, test_share = 0.4, validation.share = 0.2 }}
+compare.metrics = ["clipscore"]
+evaluate.clip_score.model = "local-dir:{world_models}/clip"
 evaluate.judge = {{ target = "recap.world.judge:WorldJudge", model = "{world_models}/reader" }}
 [compare.captioners.untuned.captioner]
 model = "{world_models}/blip2"
@@ -76,7 +79,8 @@ def test_every_captioner_has_a_row_of_figures_with_intervals(compared: tuple[Pat
             metrics = row["styles"][style]["metrics"]
             low, high = metrics["cider_d"]["ci"]
             assert low <= metrics["cider_d"]["value"] <= high
-            assert {"bleu_4", "rouge_l", "length_ratio", "loops", "vocabulary", "facts_covered"} <= metrics.keys()
+            assert {"bleu_4", "rouge_l", "length_ratio", "loops", "vocabulary", "facts_covered", "clipscore_hessel",
+                    "ref_clipscore"} <= metrics.keys()
             assert row["styles"][style]["images_per_second"] > 0 and 0 <= row["styles"][style]["ended"] <= 1
     assert rows[0]["trainable_parameters"] == 0 and rows[0]["training_seconds"] is None
     assert rows[1]["trainable_parameters"] < 0.1 * rows[1]["parameters"]
@@ -84,7 +88,15 @@ def test_every_captioner_has_a_row_of_figures_with_intervals(compared: tuple[Pat
     assert "differences" not in rows[0]["styles"]["long"] and rows[1]["styles"]["long"]["differences"]["cider_d"]["p"]
 
 
-def test_all_caption_the_same_images_which_none_was_trained_on(compared: tuple[Path, str], shard: Path) -> None:
+def test_stars_are_held_to_how_many_there_are(compared: tuple[Path, str]) -> None:
+    apart = [found["differences"]["cider_d"] for row in result(compared)["captioners"][1:]
+             for found in row["styles"].values()]
+    assert len(apart) == 4 and all(each["p_holm"] >= each["p"] for each in apart)
+    assert min(each["p_holm"] for each in apart) == min(1.0, 4 * min(each["p"] for each in apart))
+    assert all(each["verdict"] == "can't tell" for each in apart if each["p_holm"] >= 0.05)
+
+
+def test_all_caption_the_same_images(compared: tuple[Path, str]) -> None:
     uids = []
     for name in ("untuned", "blip2", "from-scratch"):
         captions = json.loads((compared[0] / name / "captions" / "captions.json").read_text())
@@ -106,7 +118,8 @@ def test_the_table_fits_a_terminal_and_the_page_stands_alone(compared: tuple[Pat
     assert all(len(line) <= 80 for line in table.splitlines())
     assert "blip2" in table and "CIDEr-D" in table
     page = (compared[0] / "index.html").read_text()
-    assert "from-scratch" in page and page.count('src="data:image/') == 6 and "http" not in page
+    assert "from-scratch" in page and "<th>RefCLIPScore</th>" in page
+    assert page.count('src="data:image/') == 6 and "http" not in page
 
 
 def test_the_same_command_again_does_nothing_anew(compared: tuple[Path, str], experiment: Path) -> None:
@@ -117,7 +130,32 @@ def test_the_same_command_again_does_nothing_anew(compared: tuple[Path, str], ex
     assert done.stdout == compared[1]
 
 
+def test_one_that_was_tuned_before_speaks_as_it_was_tuned(compared: tuple[Path, str], experiment: Path,
+                                                          world_models: Path) -> None:
+    adapter = experiment.parent / "runs" / "three" / "compare" / "blip2" / "captioner" / "best"
+    captioners = f'{{a={{captioner={{model="{world_models}/blip2", tuned="{adapter}"}}}}}}'
+    done = recap("compare", "-c", str(experiment), "name=before", f"compare.captioners={captioners}")
+    assert done.returncode == 0, done.stderr
+    folder = experiment.parent / "runs" / "before" / "compare"
+    said = [json.loads((path / "captions" / "captions.json").read_text())
+            for path in (folder / "a", compared[0] / "blip2", compared[0] / "untuned")]
+    assert said[0] == said[1] != said[2]
+    row = json.loads((folder / "compare.json").read_text())["captioners"][0]
+    assert row["tuned"] == "before" and row["trainable_parameters"] is None
+    assert "what those “tuned before” have seen" in " ".join((folder / "index.html").read_text().split())
+
+
+def test_captions_without_words_are_not_scored() -> None:
+    from eval.captioner_scores import _references
+    images = [CaptionedImage(name, ImageRef(name), (("long", text),)) for name, text in (("a", "🙂"), ("b", "a dog"))]
+    assert _references(images, "long") == {"b": ["a dog"]}
+
+
 @pytest.mark.parametrize(("override", "message"), [
+    ("compare.captioners.blip2.finetune.seed=1", "compare.captioners.blip2: finetune.seed says which images"),
+    ("compare.captioners.blip2.captioner.model=./none", "captioner.model: no folder at ./none"),
+    ("evaluate.judge.model=./none", "evaluate.judge"),
+    ('compare.metrics=["spice"]', "compare.metrics: SPICE needs"),
     ("finetune.test_share=0", "set finetune.test_share"),
     ("compare.captioners={}", "at least 1 item"),
     ("compare.baseline=blop", "no captioner 'blop' there"),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from eval.statistics import paired_difference
+from eval.statistics import holm, paired_difference
 
 
 def test_false_alarms_are_about_five_percent() -> None:
@@ -95,3 +95,8 @@ def test_prompts_without_a_score_are_passed_over() -> None:
     a = np.array([[1.0, np.nan, 3.0, np.nan], [1.0, 2.0, np.nan, np.nan]])
     found = paired_difference(a, np.zeros((2, 4)), 0)
     assert found["num_prompts"] == 3 and found["difference"] == 2.0
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []

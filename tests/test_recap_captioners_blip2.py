@@ -104,11 +104,11 @@ def test_a_t5_learns_the_image_the_prompt_and_the_end(t5: Path, tmp_path: Path) 
     captioner = opened(t5)
     torch.manual_seed(0)
     captioner.prepare(Finetune(lora=Lora(rank=8, dropout=0, language_model=["q", "k", "v", "o", "wi", "wo"])), [])
-    optimizer = torch.optim.AdamW(captioner.trainable().values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(captioner.trainable().values(), lr=5e-3)
     pixels = captioner.preprocess(pictures() * 2)
     prompts = ["A short caption:"] * 3 + ["A much longer one, so that prompts are padded:"] * 3
     captions = [*COLOURS, *(f"a {name} picture" for name in COLOURS)]
-    for _ in range(200):
+    for _ in range(400):
         captioner.loss(captioner.encode(pixels), prompts, captions).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -137,6 +137,20 @@ def test_only_the_language_models_adapter_is_trained_unless_other_parts_are_name
     assert captioner.encoder_is_trained
     captioner.loss(captioner.encode(captioner.preprocess(pictures())), ["x"] * 3, ["y"] * 3).backward()
     assert all(p.grad is not None for p in captioner.trainable().values())
+
+
+def test_what_is_not_trained_has_no_dropout_whichever_part_is(world_models: Path) -> None:
+    captioner = opened(world_models / "blip2")
+    captioner.prepare(Finetune(lora=Lora(rank=4, language_model=[], vision_model=["qkv"])), [])
+    captioner.set_training(True)
+    training = {name for name, module in captioner.base.named_children() if module.training}
+    assert {"language_model", "qformer"}.isdisjoint(training) and "vision_model" in training
+
+
+def test_a_layer_at_the_top_of_its_part_is_adapted(world_models: Path) -> None:
+    captioner = opened(world_models / "blip2")
+    captioner.prepare(Finetune(lora=Lora(rank=4, language_model=["q_proj", "lm_head"])), [])
+    assert any("language_model.lm_head.lora_A" in name for name in captioner.trainable())
 
 
 def test_a_saved_adapter_opens_in_peft(world_models: Path, tmp_path: Path) -> None:
@@ -171,6 +185,16 @@ def test_an_adapter_for_another_base_is_one_clear_line(world_models: Path, t5: P
     Blip2Processor.from_pretrained(world_models / "blip2").save_pretrained(tmp_path / "fewer")
     with pytest.raises(UserError, match=r"4 of its weights are unknown here"):
         opened(tmp_path / "fewer", tmp_path / "opt")
+
+
+def test_an_adapter_of_another_kind_is_one_clear_line(world_models: Path, tmp_path: Path) -> None:
+    captioner = opened(world_models / "blip2")
+    captioner.prepare(Finetune(lora=Lora(rank=4)), [])
+    captioner.save(tmp_path)
+    record = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**record, "peft_type": "XLORA"}))
+    with pytest.raises(UserError, match="of kind 'XLORA', not LORA"):
+        opened(world_models / "blip2", tmp_path)
 
 
 def test_a_checkpoint_that_lacks_weights_is_one_clear_line(world_models: Path, tmp_path: Path) -> None:

@@ -154,6 +154,9 @@ def test_a_caption_that_was_cut_off_has_not_ended(serve: Callable[..., Server]) 
     ((400, {"error": {"message": "no\nimages\x1b[31m"}}, {}), r"answered 400: .*no images \[31m"),
     ((200, b"<html>", {}), "gives no chat completion"),
     ((200, {"choices": []}, {}), "gives no chat completion"),
+    ((200, {"choices": [{"text": "red"}]}, {}), "gives no chat completion"),
+    ((200, {"choices": [{"message": None}]}, {}), "gives no chat completion"),
+    ((200, {"choices": ["red"]}, {}), "gives no chat completion"),
     ((200, completion("x" * 3_000_000), {}), "its answer does not end"),
     ((200, b"[" * 100_000, {}), "gives no chat completion"),
 ])

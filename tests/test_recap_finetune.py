@@ -1,6 +1,7 @@
 """Tuning a captioner: all pairs in every epoch, exact resume, held-out images, one clear line for what is wrong."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -153,6 +154,47 @@ def test_gradient_checkpointing_and_bf16_train_too(stitched: list[str], world_mo
     assert weights(tmp_path / "plain") == weights(tmp_path / "same")
 
 
+def test_checkpointed_activations_are_computed_twice(world_models: Path) -> None:
+    for family in ("blip2", "blip", "clipcap", "transformer"):
+        calls: list[str] = []
+        captioner = open_tunable(captioner_of(family, world_models), "cpu")
+        captioner.prepare(QUICK, ["a red circle"])
+        layers = [module for name, module in captioner.model.named_modules()
+                  if re.search(r"(layers|layer|h)\.0$", name) and any(p.requires_grad for p in module.parameters())]
+        for layer in layers:  # a part of it, as the layer's own hooks stand outside
+            first = next(module for module in layer.modules() if not list(module.children()))
+            first.register_forward_pre_hook(lambda *_, seen=calls: seen.append(""))
+        captioner.checkpoint_activations()
+        captioner.set_training(True)
+        pixels = captioner.preprocess([Image.new("RGB", (32, 32))])
+        captioner.loss(captioner.encode(pixels), ["a"], ["red"]).backward()
+        assert layers and len(calls) > len(layers), family
+
+
+def test_bf16_is_autocast(stitched: list[str], world_models: Path, tmp_path: Path,
+                          monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[torch.dtype] = []
+    real = training.Loss.forward
+
+    def spy(self: training.Loss, *inputs: Any) -> torch.Tensor:
+        found.append(torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype)
+        return real(self, *inputs)
+
+    monkeypatch.setattr(training.Loss, "forward", spy)
+    for precision in ("no", "bf16"):
+        config = QUICK.model_copy(update={"precision": precision, "steps": 1})
+        tuned(tmp_path / precision, stitched, world_models, config)
+    assert set(found[:2]) == {torch.float32} and set(found[2:]) == {torch.bfloat16}
+
+
+def test_first_weights_follow_from_the_seed_alone(stitched: list[str], world_models: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.rand(3)  # what ran before in the process
+        tuned(tmp_path / name, stitched, world_models, QUICK.model_copy(update={"seed": seed, "steps": 1, "lr": 1e-12}),
+              "clipcap")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b") != weights(tmp_path / "c")
+
+
 # --- which step sees what ------------------------------------------------------------------------------------------
 
 
@@ -266,6 +308,26 @@ def test_a_run_stops_when_no_validation_is_better(stitched: list[str], world_mod
     assert len(result["validations"]) == result["steps"] // 2
 
 
+def test_held_out_captions_without_words_are_not_scored(stitched: list[str], world_models: Path,
+                                                        tmp_path: Path) -> None:
+    with ShardWriter(str(tmp_path / "signs.tar")) as writer:
+        for sample in read_shard(stitched[0], []):
+            sample.members |= {"short.txt": "🙂 …".encode(), "long.txt": b"..."}
+            writer.write(sample)
+    validation = Validation(shards=str(tmp_path / "signs.tar"), every=3)
+    result = tuned(tmp_path / "run", stitched, world_models, QUICK.model_copy(update={"validation": validation}))
+    assert result["validations"][0]["loss"] > 0 and result["validations"][0]["styles"] == {}
+    with pytest.raises(UserError, match="CIDEr-D needs two held-out images of a style"):
+        tuned(tmp_path / "cider", stitched, world_models, QUICK.model_copy(
+            update={"validation": validation.model_copy(update={"select_by": "cider_d"})}))
+
+
+def test_images_that_are_trained_on_cannot_be_held_out(stitched: list[str], world_models: Path, tmp_path: Path) -> None:
+    config = QUICK.model_copy(update={"validation": Validation(shards=stitched)})
+    with pytest.raises(UserError, match="6 of its 6 images are among those to train and test on"):
+        tuned(tmp_path, stitched, world_models, config)
+
+
 def test_the_sheet_shows_what_is_said_and_escapes_it(stitched: list[str], world_models: Path, tmp_path: Path) -> None:
     hostile = tmp_path / "hostile.tar"
     with ShardWriter(str(hostile)) as writer:
@@ -327,6 +389,13 @@ def test_one_image_cannot_be_split(stitched: list[str], world_models: Path, tmp_
     config = QUICK.model_copy(update={"validation": Validation(share=0.5)})
     with pytest.raises(UserError, match="1 image cannot be split"):
         tuned(tmp_path / "run", [str(one)], world_models, config)
+
+
+def test_a_prompt_that_leaves_no_room_is_one_clear_line(stitched: list[str], world_models: Path, tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STYLES, "long", Style(prompt="word " * 600, max_new_tokens=8))
+    with pytest.raises(UserError, match=r"styles\.long\.prompt: it takes all positions"):
+        tuned(tmp_path, stitched, world_models, family="transformer")
 
 
 def test_features_of_a_vision_model_in_training_cannot_be_kept(stitched: list[str], world_models: Path,

@@ -249,6 +249,18 @@ def test_headline_sets_and_judge_are_of_the_evaluation(tmp_path: Path) -> None:
     assert changed(before, plan(tmp_path, evaluate={"judge": judge})) == evaluations
 
 
+def test_a_caption_that_was_edited_is_learned_anew(tmp_path: Path) -> None:
+    (tmp_path / "set" / "images").mkdir(parents=True)
+    captions = tmp_path / "set" / "metadata.jsonl"
+    tuning = {"captioner": {"model": str(tmp_path)}, "finetune": {"dataset": {
+        "format": "imagefolder", "captions": str(tmp_path / "set"), "images": str(tmp_path / "set" / "images")}}}
+    found = set()
+    for text in ("a dog", "a good dog"):
+        captions.write_text(json.dumps({"file_name": "1.png", "text": text}))
+        found.add(Plan(validate({"name": "mine", **tuning}, Experiment, "mine.toml")).finetune(None).dir.fingerprint)
+    assert len(found) == 2
+
+
 def test_a_result_beside_is_of_the_report(tmp_path: Path) -> None:
     beside = {"beside": str(tmp_path / "other.json")}
     result = {"schema": 1, "runs": [{"arm": "alt", "metrics": {}}]}

@@ -30,23 +30,28 @@ REGISTRY = {
 }
 """Family → where its class is; imported when it is asked for."""
 SERVED = "recap.captioners.served:Served"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Captioner(Protocol):
     """From pixels to captions in any style: all that relabelling needs."""
 
+    @abstractmethod
     def preprocess(self, images: list[Image.Image]) -> Any:
         """RGB images → what `encode` takes, on the CPU; for most families pixel values (B, 3, H, W)."""
 
+    @abstractmethod
     def encode(self, pixels: Any) -> Any:
-        """What the text side sees of the images, computed once, whatever the number of styles."""
+        """What the text side sees of the images, (B, N, D) for most families: computed once, whatever the styles.
 
+        Without gradients, unless the encoder is being trained.
+        """
+
+    @abstractmethod
     def caption(self, features: Any, style: Style) -> list[Caption]:
         """Captions of encoded images. No image's caption depends on the others of its batch."""
 
 
-class Tunable(ABC):
+class Tunable(Captioner, ABC):
     """A captioner that can be tuned."""
 
     model: Any
@@ -70,21 +75,6 @@ class Tunable(ABC):
     @abstractmethod
     def prepare(self, config: Finetune, captions: list[str]) -> None:
         """Make trainable what this family tunes. `captions` teach its words to one that has none yet."""
-
-    @abstractmethod
-    def preprocess(self, images: list[Image.Image]) -> Any:
-        """RGB images → what `encode` takes, on the CPU; for most families pixel values (B, 3, H, W)."""
-
-    @abstractmethod
-    def encode(self, pixels: Any) -> Any:
-        """What the text side sees of the images, (B, N, D) for most families: computed once, whatever the styles.
-
-        Without gradients, unless the encoder is being trained.
-        """
-
-    @abstractmethod
-    def caption(self, features: Any, style: Style) -> list[Caption]:
-        """Captions of encoded images. No image's caption depends on the others of its batch."""
 
     @abstractmethod
     def loss(self, features: Any, prompts: list[str], captions: list[str]) -> torch.Tensor:

@@ -36,7 +36,8 @@ class Blip(Tunable):
         if tuned is not None:
             config = config.model_copy(update={"model": str(tuned)})
         model = load_model(BlipForConditionalGeneration, config, device)
-        processor = load_pretrained(BlipProcessor.from_pretrained, config, "captioner", weights=device != "meta")
+        processor = load_pretrained(BlipProcessor.from_pretrained, config, "captioner", weights=device != "meta",
+                                    trust_remote_code=False)
         return cls(model, processor, device)
 
     def prepare(self, config: Finetune, captions: list[str]) -> None:
@@ -55,7 +56,7 @@ class Blip(Tunable):
         ids = self.model.text_decoder.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), encoder_hidden_states=features,
             encoder_attention_mask=_all(features), eos_token_id=self.text.end, pad_token_id=self.text.pad,
-            **self.text.decoding(style))
+            **self.text.decoding(style, prompt.shape[1]))
         return [self.text.read(row[prompt.shape[1]:]) for row in ids.tolist()]
 
     def loss(self, features: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:

@@ -4,7 +4,6 @@ The image features are put before the text embeddings by hand, instead of throug
 number of placeholders makes transformers ignore the image, or mix the images of a batch, without an error.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,7 +15,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from transformers.utils import logging
 
 from recap.captioners import Tunable
-from recap.captioners.lora import add_lora, load_lora
+from recap.captioners.lora import add_lora, load_lora, untrained
 from recap.captioners.text import IGNORE, Caption, Text, next_token_loss, pad
 from recap.config import Style
 from recap.config.captioner import Captioner as CaptionerConfig
@@ -44,7 +43,8 @@ class Blip2(Tunable):
     def open(cls, config: CaptionerConfig, device: str, tuned: Path | None) -> Self:
         logging.disable_progress_bar()
         model = load_model(Blip2ForConditionalGeneration, config, device)
-        processor = load_pretrained(Blip2Processor.from_pretrained, config, "captioner", weights=device != "meta")
+        processor = load_pretrained(Blip2Processor.from_pretrained, config, "captioner", weights=device != "meta",
+                                    trust_remote_code=False)
         return cls(model if tuned is None else load_lora(model, tuned).to(device), processor, config.model, device)
 
     def prepare(self, config: Finetune, captions: list[str]) -> None:
@@ -69,11 +69,9 @@ class Blip2(Tunable):
         prompt = torch.tensor([self.text.prompt_ids(style.prompt)], device=features.device)
         embeds = self._after(features, prompt.expand(len(features), -1))
         mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Passing `no_repeat_ngram_size`")  # what the prompt says may be repeated
-            ids = self.base.language_model.generate(
-                inputs_embeds=embeds, attention_mask=mask, eos_token_id=self.text.end, pad_token_id=self.text.pad,
-                **self.text.decoding(style))
+        ids = self.base.language_model.generate(
+            inputs_embeds=embeds, attention_mask=mask, eos_token_id=self.text.end, pad_token_id=self.text.pad,
+            **self.text.decoding(style))
         # T5's rows begin with the decoder's start token, which is its padding; OPT's hold new tokens only.
         return [self.text.read(row[self.is_seq2seq:]) for row in ids.tolist()]
 
@@ -99,7 +97,7 @@ class Blip2(Tunable):
         return torch.cat([features, self.base.get_input_embeddings()(ids).to(features.dtype)], dim=1)
 
     def frozen(self) -> list[nn.Module]:
-        return [] if self.encoder_is_trained else [self.base.vision_model, self.base.qformer]
+        return untrained([self.base.vision_model, self.base.qformer, self.base.language_model])
 
     def save(self, folder: Path) -> None:
         """A peft adapter folder: `PeftModel.from_pretrained(base, folder)` opens it."""

@@ -1,14 +1,12 @@
 """How a vision-language model is asked about an image, and which tokens are the caption: by its chat template."""
 
-import re
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 from PIL import Image
 
-from recap.captioners.text import Caption, Text, visible
+from recap.captioners.text import Caption, Text, specials, visible
 from recap.errors import UserError
 
 PROMPT, REPLY = "Zq prompt", "Zq reply"
@@ -79,8 +77,10 @@ class Reply(Text):
     """Of a decoder that counts them, start and end not included."""
 
     def caption_ids(self, caption: str) -> list[int]:
-        """A caption with its end, as the rendered conversation has it. What looks like a special token is left out."""
-        head, caption = self._ids(self.header), self._special.sub(" ", caption)
+        """A caption with its end, as the rendered conversation has it; without the texts of special tokens: an image
+        placeholder, say, would ask for another image.
+        """
+        head, caption = self._ids(self.header), self.special.sub(" ", caption)
         ids = self._ids(self.header + self.space + caption + self.close)
         if ids[:len(head)] != head:  # a token that spans both can't follow a prompt that has been read
             head, ids = [], self._ids(self.space + caption + self.close)
@@ -98,17 +98,6 @@ class Reply(Text):
     def _ids(self, text: str) -> list[int]:
         found: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return found
-
-    @cached_property
-    def _special(self) -> re.Pattern[str]:
-        """A caption with the text of an image placeholder in it would ask for another image."""
-        return re.compile("|".join(map(re.escape, specials(self.tokenizer))) or r"(?!)")
-
-
-def specials(tokenizer: Any) -> list[str]:
-    """The texts of a tokenizer's special tokens, longer ones first."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
 def turn(chat: Chat, eos: list[int], pad: int) -> Reply:

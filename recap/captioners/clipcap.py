@@ -4,6 +4,7 @@ Names of weights are those of the authors' code, so that its users can load what
 """
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +19,10 @@ from transformers.utils import logging
 
 from recap.captioners import Tunable
 from recap.captioners.text import IGNORE, Caption, Text, next_token_loss
-from recap.config import Model, Style
+from recap.config import Style
 from recap.config.captioner import Captioner as CaptionerConfig
 from recap.config.captioner import ClipCap as Config
+from recap.config.captioner import Part
 from recap.config.finetune import Finetune
 from recap.errors import UserError
 from recap.pretrained import checkpoint_folder, find_local, load_pretrained
@@ -144,7 +146,7 @@ class ClipCap(Tunable):
         folder = tuned or (find_local(config, "captioner") if config.model else None)
         if config.model and folder is None:
             folder = checkpoint_folder(config, "captioner")
-        gpt2 = Model(model=str(folder) if folder and (folder / "config.json").is_file() else parts.gpt2)
+        gpt2 = Part.of(str(folder) if folder and (folder / "config.json").is_file() else parts.gpt2)
         clip, transform, version, dim = _open_clip(parts.clip, device)
         weights = _weights(folder, version) if folder else None
         gpt = _gpt2(gpt2, device, weights is None)
@@ -153,7 +155,8 @@ class ClipCap(Tunable):
         model = ClipCapModel(mapper, gpt, clip)
         if weights is not None:
             _load(model, weights, folder)
-        tokenizer = load_pretrained(AutoTokenizer.from_pretrained, gpt2, "captioner.clipcap.gpt2", weights=False)
+        tokenizer = load_pretrained(AutoTokenizer.from_pretrained, gpt2, "captioner.clipcap.gpt2", weights=False,
+                                    trust_remote_code=False)
         return cls(model.requires_grad_(False), transform, tokenizer, version, config, device)
 
     def prepare(self, config: Finetune, captions: list[str]) -> None:
@@ -213,7 +216,7 @@ class ClipCap(Tunable):
 def _open_clip(name: str, device: str) -> tuple[nn.Module, Any, str, int]:
     """CLIP's image side, its transform, a hash of its weights, and the length of its vectors."""
     where = "captioner.clipcap.clip"
-    folder = checkpoint_folder(Model(model=name), where, weights=device != "meta")
+    folder = checkpoint_folder(Part.of(name), where, weights=device != "meta")
     try:
         record = json.loads((folder / "open_clip_config.json").read_bytes())
         dim = int(record["model_cfg"]["embed_dim"])
@@ -232,12 +235,12 @@ def _open_clip(name: str, device: str) -> tuple[nn.Module, Any, str, int]:
     return clip.visual.eval(), transform, hash_file(weights), dim
 
 
-def _gpt2(ref: Model, device: str, weights: bool) -> Any:
+def _gpt2(ref: Part, device: str, weights: bool) -> Any:
     """GPT-2: from its configuration alone on `meta`, or where its weights come with the mapper's."""
     where = "captioner.clipcap.gpt2"
     if weights and device != "meta":
         return load_pretrained(GPT2LMHeadModel.from_pretrained, ref, where, dtype=torch.float32, use_safetensors=True)
-    config = load_pretrained(AutoConfig.from_pretrained, ref, where, weights=False)
+    config = load_pretrained(AutoConfig.from_pretrained, ref, where, weights=False, trust_remote_code=False)
     with torch.device("meta" if device == "meta" else "cpu"):
         return GPT2LMHeadModel(config)
 
@@ -261,17 +264,20 @@ def _mapper_of(weights: dict[str, torch.Tensor], clip_dim: int, config: Config) 
 
 def _weights(folder: Path, clip_version: str) -> dict[str, torch.Tensor]:
     """The weights in a folder: ours, else the only `.pt` there, read without unpickling anything but tensors."""
-    if (folder / RECORD).is_file():
-        known = json.loads((folder / RECORD).read_bytes()).get("clip")
+    try:
+        known = json.loads((folder / RECORD).read_bytes())["clip"] if (folder / RECORD).is_file() else clip_version
         if known != clip_version:
             raise UserError(f"captioner.tuned: the ClipCap in {folder} was trained on vectors of another CLIP than "
                             "captioner.clipcap.clip: name that one")
-    try:
         if (folder / WEIGHTS).is_file():
             return load_file(folder / WEIGHTS)
         if len(pickled := list(folder.glob("*.pt"))) == 1:
-            return dict(torch.load(pickled[0], map_location="cpu", weights_only=True))
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            found = torch.load(pickled[0], map_location="cpu", weights_only=True)
+            if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+                raise ValueError(f"{pickled[0].name} holds no state dict")
+            return found
+    except (OSError, EOFError, ValueError, RuntimeError, LookupError, TypeError, SafetensorError,
+            pickle.UnpicklingError) as error:
         raise UserError(f"captioner: cannot read a ClipCap in {folder}: {' '.join(str(error).split())[:200]}") from None
     raise UserError(f"captioner: no ClipCap in {folder}: it needs {WEIGHTS}, or one .pt of the authors' code")
 

@@ -22,12 +22,16 @@ from transformers.utils import logging
 from recap.captioners import Assembled
 from recap.captioners.text import Caption, Text, next_token_loss
 from recap.captioners.vocabulary import learn_vocabulary
-from recap.config import Model, Style
+from recap.config import Style
 from recap.config.captioner import Captioner as CaptionerConfig
 from recap.config.captioner import CnnLstm as Config
+from recap.config.captioner import Part
 from recap.config.finetune import Finetune
 from recap.errors import UserError
 from recap.pretrained import load_model, load_pretrained
+
+FETCHING = ("pretrained", "checkpoint", "cache_dir")
+"""What arguments begin with that make timm load weights."""
 
 
 class ShowTellConfig(PreTrainedConfig):
@@ -61,8 +65,11 @@ class ShowTell(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ShowTellConfig) -> None:
         super().__init__(config)
-        self.encoder: Any = timm.create_model(config.encoder, num_classes=0, global_pool="",
-                                              **(config.encoder_args or {}))
+        # A configuration names an architecture; it must not fetch weights from elsewhere, or open files.
+        arguments = config.encoder_args or {}
+        if not timm.is_model(config.encoder) or any(key.startswith(FETCHING) for key in arguments):
+            raise ValueError(f"encoder {config.encoder!r} with {sorted(arguments)} is no architecture of timm's")
+        self.encoder: Any = timm.create_model(config.encoder, num_classes=0, global_pool="", **arguments)
         width = config.hidden_size
         # A CNN's features come in any scale, an LSTM's words in one.
         num_features = self.encoder.num_features
@@ -82,7 +89,13 @@ class ShowTell(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: torch's own first weights suit an LSTM; transformers' are for Transformers, and hide the image."""
+        """Torch's own first weights suit an LSTM; transformers' are for Transformers, and hide the image.
+
+        But what a timm CNN computes and doesn't save, transformers leaves empty when it opens a folder.
+        """
+        fill: Any = getattr(module, "init_non_persistent_buffers", None)
+        if fill is not None:
+            fill()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.words
@@ -100,8 +113,9 @@ class ShowTell(PreTrainedModel, GenerationMixin):
         """
         seen = self.project(regions)
         # The image is the LSTM's first word (Vinyals et al., equation 10).
-        told, _ = self.lstm(torch.cat([seen.mean(dim=1, keepdim=True), self.dropout(self.words(input_ids))], dim=1))
-        told = told[:, 1:]
+        words = torch.cat([seen.mean(dim=1, keepdim=True), self.dropout(self.words(input_ids))], dim=1)
+        with torch.autocast(words.device.type, enabled=False):  # many CPUs have no LSTM in bfloat16
+            told = self.lstm(words.float())[0][:, 1:].to(seen.dtype)
         if self.attend is not None and self.combine is not None:
             context, _ = self.attend(told, seen, seen, need_weights=False)
             told = torch.tanh(self.combine(torch.cat([told, context], dim=-1)))
@@ -117,7 +131,8 @@ class CnnLstm(Assembled):
 
     def open_whole(self, whole: CaptionerConfig) -> None:
         logging.disable_progress_bar()
-        tokenizer = load_pretrained(GPT2Tokenizer.from_pretrained, whole, "captioner", weights=False)
+        tokenizer = load_pretrained(GPT2Tokenizer.from_pretrained, whole, "captioner", weights=False,
+                                    trust_remote_code=False)
         self._take(load_model(ShowTell, whole, self.device), tokenizer)
 
     def prepare(self, config: Finetune, captions: list[str]) -> None:
@@ -133,6 +148,7 @@ class CnnLstm(Assembled):
 
     def _take(self, model: Any, tokenizer: Any) -> None:
         self.model = model.to(self.device)
+        self.model.lstm.float()
         self.text = Text(tokenizer, start=(tokenizer.eos_token_id,), end=tokenizer.eos_token_id,
                          pad=tokenizer.pad_token_id)
         config = model.config
@@ -153,9 +169,11 @@ class CnnLstm(Assembled):
     @torch.no_grad()
     def caption(self, features: torch.Tensor, style: Style) -> list[Caption]:
         prompt = torch.tensor([self.text.prompt_ids(style.prompt)], device=features.device).expand(len(features), -1)
+        start = prompt.shape[1]
         ids = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), regions=features, use_cache=False,
-                                  eos_token_id=self.text.end, pad_token_id=self.text.pad, **self.text.decoding(style))
-        return [self.text.read(row[prompt.shape[1]:]) for row in ids.tolist()]
+                                  eos_token_id=self.text.end, pad_token_id=self.text.pad,
+                                  **self.text.decoding(style, start))
+        return [self.text.read(row[start:]) for row in ids.tolist()]
 
     def loss(self, features: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
         batch = self.text.batch(prompts, captions, features.device)
@@ -184,7 +202,7 @@ def _assembled(config: Config, vocab_size: int, device: str) -> ShowTell:
         except RuntimeError as error:
             raise UserError(f"{where}: {' '.join(str(error).split())[:200]}") from None
     else:
-        cnn, arguments = load_pretrained(lambda folder: _open_timm(Path(folder), device), Model(model=config.encoder),
+        cnn, arguments = load_pretrained(lambda folder: _open_timm(Path(folder), device), Part.of(config.encoder),
                                          where, weights=device != "meta")
     seen = resolve_model_data_config(cnn)
     settings = ShowTellConfig(

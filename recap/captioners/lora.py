@@ -1,5 +1,6 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685) by peft, on the parts of a model that are asked for."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def _pattern(model: nn.Module, field: str, names: list[str], parts: dict[str, st
     if unknown := [name for name in names if name not in linear]:
         raise UserError(f"finetune.lora.{field}: no linear layer {unknown[0]!r} there: its layers are "
                         f"{', '.join(sorted(linear))}")
-    return rf"{re.escape(parts[field])}\..*\.({'|'.join(map(re.escape, names))})"
+    return rf"{re.escape(parts[field])}\.(?:.*\.)?({'|'.join(map(re.escape, names))})"
 
 
 def load_lora(model: Any, folder: Path) -> PeftModel:
@@ -61,6 +62,9 @@ def load_lora(model: Any, folder: Path) -> PeftModel:
         raise UserError(f"captioner.tuned: no peft adapter in {folder}: it needs adapter_config.json and "
                         "adapter_model.safetensors, as `recap finetune` writes them")
     try:
+        kind = json.loads((folder / "adapter_config.json").read_bytes())["peft_type"]
+        if kind != "LORA":  # some kinds fetch what they name
+            raise ValueError(f"it is of kind {kind!r}, not LORA")
         wrapped = PeftModel.from_pretrained(model, str(folder), use_safetensors=True)
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
             found = set(file.keys())
@@ -71,6 +75,11 @@ def load_lora(model: Any, folder: Path) -> PeftModel:
         raise _misfit(folder, f"{len(found - wanted)} of its weights are unknown here, {len(wanted - found)} are "
                               "missing")
     return wrapped
+
+
+def untrained(parts: list[nn.Module]) -> list[nn.Module]:
+    """Those of a model's parts in which nothing is trained."""
+    return [part for part in parts if not any(p.requires_grad for p in part.parameters())]
 
 
 def _misfit(folder: Path, reason: str) -> UserError:

@@ -90,19 +90,18 @@ class Served:
             with self.client.chat.completions.with_streaming_response.create(
                     model=self.model, messages=[{"role": "user", "content": content}], temperature=0,
                     max_tokens=style.max_new_tokens, extra_headers=self.headers) as response:
-                answer = _read(response)
+                return _caption(_read(response), style)
         except openai.APIStatusError as error:
             raise self._failure(f"answered {error.status_code}: {error.message}",
                                 f"check that it serves {self.model}, and images") from None
         except (openai.APIConnectionError, OSError) as error:
             raise self._failure(f"can't be reached, or does not answer: {error}", "check that it runs there") from None
-        except (openai.OpenAIError, ValueError, LookupError, TypeError, RecursionError) as error:
+        except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._failure(f"gives no chat completion: {error}", "check captioner.server") from None
         except Exception as error:  # the HTTP library's own, while the answer is read; it has changed its name before
             if not type(error).__module__.startswith("http"):
                 raise
             raise self._failure(f"broke off: {error}", "run the same command again") from None
-        return _caption(answer, style)
 
     def _failure(self, what: str, advice: str) -> UserError:
         key = os.environ.get("OPENAI_API_KEY")

@@ -2,10 +2,13 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import LogitsProcessor
+from transformers.generation import NoRepeatNGramLogitsProcessor
 
 from recap.config import Style
 from recap.errors import UserError
@@ -35,7 +38,7 @@ class Batch:
     """(B, L) int64: 1, and 0 on padding."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Text:
     """The tokens of one captioner."""
 
@@ -58,9 +61,14 @@ class Text:
         return [*self.start, *self.tokenizer(prompt, add_special_tokens=False)["input_ids"], *self.stop]
 
     def caption_ids(self, caption: str) -> list[int]:
-        """A caption with its end."""
-        ids = self.tokenizer(self.space + caption, add_special_tokens=False, verbose=False)["input_ids"]
-        return [*ids, self.end]
+        """A caption with its end. What looks like a special token, which could end it before, is left out."""
+        ids = self.tokenizer(self.space + self.special.sub(" ", caption), add_special_tokens=False, verbose=False)
+        return [*ids["input_ids"], self.end]
+
+    @cached_property
+    def special(self) -> re.Pattern[str]:
+        """The texts of special tokens."""
+        return re.compile("|".join(map(re.escape, specials(self.tokenizer))) or r"(?!)")
 
     def batch(self, prompts: list[str], captions: list[str], device: str | torch.device) -> Batch:
         rows = [(self.prompt_ids(prompt), self.caption_ids(caption))
@@ -71,8 +79,12 @@ class Text:
         """The longest caption, in tokens without its end, that the model has positions for after a prompt."""
         return None if self.max_length is None else self.max_length - len(self.prompt_ids(prompt)) - 1
 
-    def decoding(self, style: Style) -> dict[str, Any]:
-        """What a style asks of transformers' `generate`.
+    def decoding(self, style: Style, start: int = 0) -> dict[str, Any]:
+        """What a style asks of transformers' `generate`. Beams and greedy search: no caption is drawn by lot.
+
+        Args:
+            style: asked for.
+            start: how many ids of every row come before the caption.
 
         Raises:
             UserError: the model has no positions for so long a caption.
@@ -81,7 +93,9 @@ class Text:
         if room is not None and style.max_new_tokens > room:
             raise UserError(f"styles: max_new_tokens={style.max_new_tokens} after {style.prompt!r}, but this captioner "
                             f"has positions for {room}: lower it")
-        return decoding(style)
+        rule = NoRepeat(style.no_repeat_ngram_size, start) if style.no_repeat_ngram_size else None
+        return {"max_new_tokens": style.max_new_tokens, "do_sample": False, "num_beams": style.num_beams,
+                "logits_processor": [rule] if rule else None}
 
     def fit(self, caption: str, max_tokens: int) -> str:
         """The caption, cut at the last sentence end (else the last word) within `max_tokens`, if it is longer."""
@@ -100,6 +114,22 @@ class Text:
         ended = self.end in ids
         text = self.tokenizer.decode(ids[:ids.index(self.end)] if ended else ids, skip_special_tokens=True)
         return Caption(visible(text), ended)
+
+
+class NoRepeat(LogitsProcessor):
+    """No run of so many tokens twice in a caption; what the prompt says may be repeated."""
+
+    def __init__(self, size: int, start: int) -> None:
+        self.rule, self.start = NoRepeatNGramLogitsProcessor(size), start
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
+        return self.rule(input_ids[:, self.start:], scores)
+
+
+def specials(tokenizer: Any) -> list[str]:
+    """The texts of a tokenizer's special tokens, longer ones first."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
 
 
 def pad(rows: list[tuple[list[int], list[int]]], fill: int, device: str | torch.device) -> Batch:
@@ -125,9 +155,3 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def visible(text: str) -> str:
     """One line, without control characters."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-
-
-def decoding(style: Style) -> dict[str, Any]:
-    """What a style asks of `generate`. Beams and greedy search: no caption is drawn by lot."""
-    return {"max_new_tokens": style.max_new_tokens, "do_sample": False, "num_beams": style.num_beams,
-            "no_repeat_ngram_size": style.no_repeat_ngram_size}

@@ -25,9 +25,13 @@ from recap.captioners.text import Caption, Text, next_token_loss
 from recap.captioners.vocabulary import learn_vocabulary
 from recap.config import Model, Style
 from recap.config.captioner import Captioner as CaptionerConfig
+from recap.config.captioner import Part
 from recap.config.captioner import Transformer as Config
 from recap.config.finetune import Finetune
 from recap.pretrained import load_model, load_pretrained
+
+POOLER = "pooler."
+"""What its weights begin with. A ViT may have one, or not; nobody reads it here."""
 
 
 class Transformer(Assembled):
@@ -35,8 +39,8 @@ class Transformer(Assembled):
 
     def open_whole(self, whole: CaptionerConfig) -> None:
         logging.disable_progress_bar()
-        self._take(load_model(VisionEncoderDecoderModel, whole, self.device), _load(AutoTokenizer, whole),
-                   _load(AutoImageProcessor, whole))
+        self._take(load_model(VisionEncoderDecoderModel, whole, self.device, unread=f"encoder.{POOLER}"),
+                   _load(AutoTokenizer, whole, "captioner"), _load(AutoImageProcessor, whole, "captioner"))
 
     def prepare(self, config: Finetune, captions: list[str]) -> None:
         """Train the decoder, and the encoder where it is from scratch or asked for."""
@@ -47,7 +51,7 @@ class Transformer(Assembled):
         self.model.float().requires_grad_(True)
         self.model.encoder.requires_grad_(self.encoder_is_trained)
         for name, p in self.model.encoder.named_parameters():
-            if name.startswith("pooler."):  # nobody reads it
+            if name.startswith(POOLER):
                 p.requires_grad_(False)
 
     def _take(self, model: Any, tokenizer: Any, image_processor: Any) -> None:
@@ -71,7 +75,7 @@ class Transformer(Assembled):
         ids = self.model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=features), decoder_input_ids=prompt,
             decoder_attention_mask=torch.ones_like(prompt), eos_token_id=self.text.end, pad_token_id=self.text.pad,
-            **self.text.decoding(style))
+            **self.text.decoding(style, prompt.shape[1]))
         return [self.text.read(row[prompt.shape[1]:]) for row in ids.tolist()]
 
     def loss(self, features: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
@@ -112,21 +116,21 @@ def _encoder(config: Config, device: str) -> tuple[Any, Any]:
                 hidden_dropout_prob=config.dropout, image_size=config.image_size, patch_size=config.patch_size))
         size = {"height": config.image_size, "width": config.image_size}
         return encoder, ViTImageProcessorPil(size=size)
-    ref = CaptionerConfig(family="transformer", model=str(config.encoder), dtype="float32")
-    return load_model(ViTModel, ref, device), _load(AutoImageProcessor, ref)
+    ref, where = Part.of(str(config.encoder)), "captioner.transformer.encoder"
+    return load_model(ViTModel, ref, device, where, POOLER), _load(AutoImageProcessor, ref, where)
 
 
 def _decoder(config: Config, captions: list[str], device: str) -> tuple[Any, Any]:
     """A GPT-2 with cross-attention, and its tokenizer."""
     if config.decoder is not None:
-        ref = Model(model=config.decoder)
-        settings = load_pretrained(AutoConfig.from_pretrained, ref, "captioner.transformer.decoder", weights=False)
+        ref, where = Part.of(config.decoder), "captioner.transformer.decoder"
+        settings = _load(AutoConfig, ref, where)
         settings.update({"add_cross_attention": True, "is_decoder": True})
         if device == "meta":
-            return GPT2LMHeadModel(settings), _load(AutoTokenizer, ref)
-        model = load_pretrained(GPT2LMHeadModel.from_pretrained, ref, "captioner.transformer.decoder", config=settings,
-                                dtype=torch.float32, use_safetensors=True)
-        return model, _load(AutoTokenizer, ref)
+            return GPT2LMHeadModel(settings), _load(AutoTokenizer, ref, where)
+        model = load_pretrained(GPT2LMHeadModel.from_pretrained, ref, where, config=settings, dtype=torch.float32,
+                                use_safetensors=True)
+        return model, _load(AutoTokenizer, ref, where)
     tokenizer = learn_vocabulary(captions, config.vocab_size)
     # From the configuration alone, with no caption seen, the vocabulary is taken to be full.
     vocab_size = len(tokenizer) if captions else config.vocab_size
@@ -136,5 +140,5 @@ def _decoder(config: Config, captions: list[str], device: str) -> tuple[Any, Any
         add_cross_attention=True, bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)), tokenizer
 
 
-def _load(kind: Any, ref: Model) -> Any:
-    return load_pretrained(kind.from_pretrained, ref, "captioner", weights=False)
+def _load(kind: Any, ref: Model, where: str) -> Any:
+    return load_pretrained(kind.from_pretrained, ref, where, weights=False, trust_remote_code=False)

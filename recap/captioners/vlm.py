@@ -16,13 +16,12 @@ import torch
 from peft import PeftModel
 from PIL import Image
 from torch import nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor
-from transformers.generation import NoRepeatNGramLogitsProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging
 
 from recap.captioners import Tunable
 from recap.captioners.chat import PROMPT, Chat, Reply, decoder_output, turn
-from recap.captioners.lora import add_lora, load_lora
+from recap.captioners.lora import add_lora, load_lora, untrained
 from recap.captioners.once import ReadOnce, Vision, legible
 from recap.captioners.text import IGNORE, Batch, Caption, next_token_loss, pad
 from recap.config import Style
@@ -153,11 +152,8 @@ class Vlm(Tunable):
         if self.is_seq2seq:
             begin = torch.tensor([self.text.start], device=self.device)
             asked["decoder_input_ids"] = begin.expand(len(asked["input_ids"]), -1)
-        decoding = self.text.decoding(style)
-        size = decoding.pop("no_repeat_ngram_size")
         with self.vision.seen(features.inputs, features.features):
-            ids = self.base.generate(**asked, **features.inputs, **decoding,
-                                     logits_processor=[_NoRepeat(size, start)] if size else None)
+            ids = self.base.generate(**asked, **features.inputs, **self.text.decoding(style, start))
         return [self.text.read(row[start:]) for row in ids.tolist()]
 
     def loss(self, features: Seen, prompts: list[str], captions: list[str]) -> torch.Tensor:
@@ -180,24 +176,11 @@ class Vlm(Tunable):
         return int(self.base.config.model_type == "paligemma")
 
     def frozen(self) -> list[nn.Module]:
-        if self.encoder_is_trained:
-            return []
-        language = self.base.get_decoder()
-        return [part for part in self.vision.owner.children() if language not in part.modules()]
+        return untrained([*self.vision.owner.children()])
 
     def save(self, folder: Path) -> None:
         """A peft adapter folder: `PeftModel.from_pretrained(base, folder)` opens it."""
         self.model.save_pretrained(str(folder), safe_serialization=True)
-
-
-class _NoRepeat(LogitsProcessor):
-    """No run of so many tokens twice in a caption; what the prompt says may be repeated."""
-
-    def __init__(self, size: int, start: int) -> None:
-        self.rule, self.start = NoRepeatNGramLogitsProcessor(size), start
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
-        return self.rule(input_ids[:, self.start:], scores)
 
 
 def _chat(processor: Any) -> Chat:

@@ -1,20 +1,38 @@
 """Which captioner, and what it is put together from."""
 
 import difflib
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from recap.config import Model, Table
 
-FAMILIES = ("blip2", "blip", "clipcap", "transformer", "cnn_lstm", "vlm")
+DEFAULT_CAPTIONERS = {
+    "blip2": "Salesforce/blip2-opt-2.7b", "blip": "Salesforce/blip-image-captioning-base",
+    "vlm": "HuggingFaceTB/SmolVLM-500M-Instruct", "clipcap": "", "transformer": "", "cnn_lstm": "",
+}
+"""Family → the hub id of its captioner; empty for those that are put together from parts."""
+
+
+class Part(Model):
+    """A checkpoint that a captioner is put together from, named by one key: a folder, a hub id, or `ID@REVISION`."""
+
+    dtype: Literal["float32"] = "float32"
+    quantization: Literal["none"] = "none"
+
+    @classmethod
+    def of(cls, name: str) -> "Part":
+        model, _, revision = name.partition("@")
+        return cls(model=name) if Path(name).is_dir() or not revision else cls(model=model, revision=revision)
 
 
 class ClipCap(Table):
     """ClipCap (Mokady et al. 2021, arXiv 2111.09734): a CLIP vector, mapped to a prefix that GPT-2 goes on from."""
 
     clip: str = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
-    """An open_clip model: `hf-hub:ID`, or a folder with `open_clip_config.json` and safetensors weights."""
+    """An open_clip model: `hf-hub:ID`, or a folder with `open_clip_config.json` and safetensors weights. This and other
+    parts take `ID@REVISION`, too."""
     gpt2: str = "openai-community/gpt2"
     """Hub id or folder of a GPT-2."""
     mapper: Literal["mlp", "transformer"] = "mlp"
@@ -103,9 +121,9 @@ class Captioner(Model):
         if not isinstance(content, dict):
             return content
         family = content.get("family", "blip2")
-        if family not in FAMILIES:
-            near = difflib.get_close_matches(str(family), FAMILIES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the families are {', '.join(FAMILIES)}"
+        if family not in DEFAULT_CAPTIONERS:
+            near = difflib.get_close_matches(str(family), DEFAULT_CAPTIONERS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the families are {', '.join(DEFAULT_CAPTIONERS)}"
             raise ValueError(f"no captioner family {family!r}: {hint}")
         return content
 
@@ -119,6 +137,8 @@ class Captioner(Model):
     def _fits_the_family(self) -> "Captioner":
         if self.server and self.family != "vlm":
             raise ValueError(f"server is of family vlm, not of {self.family}: leave one of them out")
+        if self.server and self.tuned not in (None, "none"):
+            raise ValueError("tuned is of a captioner that is opened here: have the server serve it, or leave it out")
         if self.quantization != "none" and self.family not in ("blip2", "vlm"):
             raise ValueError(f"quantization is of a frozen base, and {self.family} tunes the whole: leave it out")
         return self
@@ -142,10 +162,3 @@ class Captioner(Model):
         if self.family == "cnn_lstm" and not self.cnn_lstm.is_from_scratch:
             return {"captioner.cnn_lstm.encoder": self.cnn_lstm.encoder}
         return {}
-
-
-DEFAULT_CAPTIONERS = {
-    "blip2": "Salesforce/blip2-opt-2.7b", "blip": "Salesforce/blip-image-captioning-base",
-    "vlm": "HuggingFaceTB/SmolVLM-500M-Instruct", "clipcap": "", "transformer": "", "cnn_lstm": "",
-}
-"""Family → the hub id of its captioner; empty for those that are put together from parts."""

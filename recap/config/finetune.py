@@ -98,7 +98,7 @@ class Finetune(Table):
     """Pairs in memory at once on one process, gradients accumulated; by default all."""
     lr: float = Field(4e-5, gt=0)
     lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up; `linear` and `cosine` end at zero."""
+    """After the warm-up; `linear` and `cosine` fall to zero after the last step."""
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     """Of matrices only, not of biases and norms."""

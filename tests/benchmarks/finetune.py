@@ -277,7 +277,7 @@ def compare(family: str, name: str, config: Finetune, repeats: int, model: Path,
         ours, pairs = recap(family, Path(folder) / "stage", model, data, config)
         theirs = plain(*FAMILIES[family][1](model), config, pairs)
         found, known = ours(0), theirs(0)  # also warms up
-        if abs(found - known) > MAX_LOSS_DIFFERENCE * known:
+        if not abs(found - known) <= MAX_LOSS_DIFFERENCE * known:  # NaN, too
             sys.exit(f"{name}: Recap's first loss is {found}, the plain loop's {known}: this is not the same work")
         seconds: dict[str, list[float]] = {"recap": [], "plain": []}
         for step in range(1, repeats + 1):
