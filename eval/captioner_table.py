@@ -7,6 +7,7 @@ from typing import Any
 import jinja2
 
 from eval.captioner_scores import FACTS, Scored
+from eval.captions import LONG
 from recap.sheet import thumbnail
 
 WIDTH = 18
@@ -14,8 +15,6 @@ WIDTH = 18
 TUNED = {"here": "–", "before": "before", "no": "–"}
 """What stands instead of the seconds of tuning."""
 EXTRAS = {"METEOR": "meteor", "SPICE": "spice", "CLIPScore": "clipscore_hessel", "RefCLIPScore": "ref_clipscore"}
-LONG = 25
-"""Words of references from which on CIDEr-D says little: people's captions of 31 words score .013 against others'."""
 
 
 def table(result: dict[str, Any]) -> str:

@@ -31,6 +31,8 @@ from eval.caption_tokens import tokenize
 Captions = Mapping[Any, str] | Sequence[str]
 References = Mapping[Any, Sequence[str]] | Sequence[Sequence[str]]
 
+LONG = 25
+"""Words of references from which on CIDEr-D says little: people's captions of 31 words score .013 against others'."""
 REPEATED_WORDS = 4
 """So many words in a row count as said again."""
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|\n+|(?<=[。！？])")

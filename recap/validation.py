@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from eval.caption_tokens import tokenize
-from eval.captions import describe, score_captions
+from eval.captions import LONG, describe, score_captions
 from recap import progress
 from recap.caption_sets import ImageRef
 from recap.captioners import Tunable
@@ -23,8 +23,6 @@ from recap.pairs import Features, Pair, open_image
 
 NUM_SHOWN = 12
 """Images on a sheet."""
-LONG = 25
-"""Words from which on CIDEr-D says little: people's captions of 31 words score .013 against one another."""
 
 
 @dataclass(frozen=True, slots=True)
