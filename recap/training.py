@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import nn
 
 from recap import checkpoint, progress
@@ -80,6 +80,8 @@ class Training:
         optimizer = torch.optim.AdamW(_groups(self.parameters, config.weight_decay), lr=config.lr, fused=True)
         self.history = _resume(stage, self.parameters, optimizer)
         self.history.seconds += features.seconds if features else 0
+        # A vision model may have layers after the one whose features are read: LLaVA's has.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=captioner.encoder_is_trained)
         self.loss, self.optimizer = accelerator.prepare(Loss(captioner), optimizer, device_placement=[False, False])
         self.clock = time.perf_counter()
         captioner.set_training(True)

@@ -46,6 +46,7 @@ FAMILIES: dict[str, list[str]] = {
     "clipcap": ['captioner.clipcap.clip="{models}/clip-1"', 'captioner.clipcap.gpt2="{models}/gpt2"'],
     "transformer": ["captioner.transformer={{encoder='none', patch_size=8, num_heads=2, hidden_size=32, num_layers=1, "
                     "vocab_size=400, image_size=32, dropout={dropout}}}"],
+    "vlm": [],
     "cnn_lstm": ["captioner.cnn_lstm={{encoder='{models}/cnn', hidden_size=32, num_layers=1, vocab_size=400, "
                  "image_size=32, dropout={dropout}}}"]}
 EXPERIMENT = """
@@ -387,6 +388,20 @@ def test_two_processes_train_any_family_as_one(family: str, whole: Start) -> Non
     # Some gradients are zero but for rounding (of an attention's key biases), and Adam takes whole steps by them.
     slow = "finetune.lr=1e-4"
     check_same(whole(family, slow, num_processes=2, dropout=0), whole(family, slow, dropout=0))
+
+
+@pytest.mark.full
+def test_two_processes_train_a_vision_model_whose_last_layer_no_one_reads_as_one(work_of: Start,
+                                                                                 tmp_path: Path) -> None:
+    """LLaVA takes the features of the layer before, so its last one gets no gradient."""
+    from test_recap_captioners_vlm import write
+    config = write("llava", tmp_path / "llava") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vision_feature_layer": -2}))
+    arguments = [f'captioner.model="{tmp_path}/llava"', "finetune.lora.vision_model=['q_proj']", "finetune.lr=1e-4"]
+    shared, alone = (work_of("vlm", *arguments, dropout=0) for _ in range(2))
+    check_done(run(shared, 2))
+    check_done(run(alone))
+    check_same(shared, alone)
 
 
 @pytest.mark.full
