@@ -295,6 +295,19 @@ def test_a_cnn_with_buffers_that_are_not_saved_opens_again(tmp_path: Path) -> No
         assert torch.equal(open_tunable(config, "cpu", tmp_path).encode(pixels), captioner.encode(pixels))
 
 
+def test_the_transformer_mapper_reads_the_prompt_and_no_padding(
+        tuned_by_case: dict[str, tuple[Tunable, Captioner]]) -> None:
+    """GPT-2 is frozen behind it: were the mapper to see the image alone, nothing could learn the styles."""
+    captioner = tuned_by_case["clipcap-transformer"][0]
+    features = captioner.encode(captioner.preprocess(pictures()[:1])).expand(3, -1)
+    asked = ["", STYLES["short"].prompt, STYLES["long"].prompt + STYLES["long"].prompt]
+    together = captioner.model.prefix(features, captioner.text.prompts(asked, "cpu"))
+    alone = [captioner.model.prefix(features[:1], captioner.text.prompts([prompt], "cpu"))[0] for prompt in asked]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
+    distances = torch.cdist(together.flatten(1), together.flatten(1))
+    assert (distances[~torch.eye(3, dtype=torch.bool)] > 0.1).all(), distances
+
+
 # --- figures to match ----------------------------------------------------------------------------------------------
 
 

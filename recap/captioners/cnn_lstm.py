@@ -55,13 +55,34 @@ class ShowTellConfig(PreTrainedConfig):
     """Whether the CNN has learnt to see by captioning alone."""
 
 
+class LstmCache:
+    """For `ShowTell.generate(…, past_key_values=LstmCache())`: an LSTM's state takes the place of keys and values."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.num_words = 0
+        self.state: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Hidden and cell state after these words, (layers, B, D) each."""
+
+    def get_seq_length(self) -> int:
+        """How many words have been read."""
+        return self.num_words
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Go on with these rows."""
+        if self.state is not None:
+            hidden, cell = self.state
+            self.state = hidden[:, beam_idx], cell[:, beam_idx]
+
+
 class ShowTell(PreTrainedModel, GenerationMixin):
-    """A timm CNN and an LSTM. A caption's states are computed anew for every word; an LSTM's are cheap."""
+    """A timm CNN and an LSTM."""
 
     config_class = ShowTellConfig
     base_model_prefix = "show_tell"
     main_input_name = "input_ids"
-    _is_stateful = True  # generate keeps no cache of keys and values: there are none
+    _is_stateful = True  # there are no keys and values to cache
 
     def __init__(self, config: ShowTellConfig) -> None:
         super().__init__(config)
@@ -106,24 +127,31 @@ class ShowTell(PreTrainedModel, GenerationMixin):
         return found.flatten(2).transpose(1, 2) if found.ndim == 4 else found
 
     def forward(self, input_ids: torch.Tensor, regions: torch.Tensor, attention_mask: torch.Tensor | None = None,
-                **kwargs: Any) -> CausalLMOutput:
+                past_key_values: LstmCache | None = None, **kwargs: Any) -> CausalLMOutput:
         """Logits (B, L, V) of the token after each of `input_ids` (B, L), given regions (B, N, C).
 
-        Rows are padded on the right, where an LSTM has not been yet: no mask is needed.
+        Rows are padded on the right, where an LSTM has not been yet: no mask is needed. With a cache, `input_ids` are
+        those that follow what it has read.
         """
-        seen = self.project(regions)
-        # The image is the LSTM's first word (Vinyals et al., equation 10).
-        words = torch.cat([seen.mean(dim=1, keepdim=True), self.dropout(self.words(input_ids))], dim=1)
+        seen, words = self.project(regions), self.dropout(self.words(input_ids))
+        cache = past_key_values or LstmCache()
+        if cache.state is None:  # the image is the LSTM's first word (Vinyals et al., equation 10)
+            words = torch.cat([seen.mean(dim=1, keepdim=True), words], dim=1)
         with torch.autocast(words.device.type, enabled=False):  # many CPUs have no LSTM in bfloat16
-            told = self.lstm(words.float())[0][:, 1:].to(seen.dtype)
+            told, cache.state = self.lstm(words.float(), cache.state)
+        cache.num_words += input_ids.shape[1]
+        told = told[:, -input_ids.shape[1]:].to(seen.dtype)
         if self.attend is not None and self.combine is not None:
             context, _ = self.attend(told, seen, seen, need_weights=False)
             told = torch.tanh(self.combine(torch.cat([told, context], dim=-1)))
         return CausalLMOutput(logits=self.tell(self.dropout(told)))
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, regions: torch.Tensor,
-                                      **kwargs: Any) -> dict[str, Any]:
-        return {"input_ids": input_ids, "regions": regions}
+                                      past_key_values: Any = None, **kwargs: Any) -> dict[str, Any]:
+        """What `forward` is given: all words, unless there is an `LstmCache`; generate's own holds keys and values."""
+        cache = past_key_values if isinstance(past_key_values, LstmCache) else None
+        return {"input_ids": input_ids[:, cache.num_words if cache else 0:], "regions": regions,
+                "past_key_values": cache}
 
 
 class CnnLstm(Assembled):
@@ -170,8 +198,8 @@ class CnnLstm(Assembled):
     def caption(self, features: torch.Tensor, style: Style) -> list[Caption]:
         prompt = torch.tensor([self.text.prompt_ids(style.prompt)], device=features.device).expand(len(features), -1)
         start = prompt.shape[1]
-        ids = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), regions=features, use_cache=False,
-                                  eos_token_id=self.text.end, pad_token_id=self.text.pad,
+        ids = self.model.generate(prompt, attention_mask=torch.ones_like(prompt), regions=features,
+                                  past_key_values=LstmCache(), eos_token_id=self.text.end, pad_token_id=self.text.pad,
                                   **self.text.decoding(style, start))
         return [self.text.read(row[start:]) for row in ids.tolist()]
 
