@@ -283,6 +283,21 @@ def test_a_transformer_of_pretrained_parts_learns_and_opens_again(world_models: 
     assert loss_of(again, pictures(), [""] * 4, texts) == loss_of(captioner, pictures(), [""] * 4, texts)
 
 
+@pytest.mark.parametrize("decoding", [{}, {"num_beams": 3}])
+def test_an_lstm_that_keeps_its_state_says_what_one_says_that_begins_anew(
+        decoding: dict[str, int], tuned_by_case: dict[str, tuple[Tunable, Captioner]]) -> None:
+    from recap.captioners.cnn_lstm import LstmCache
+    captioner = tuned_by_case["cnn_lstm-attention"][0]
+    images = [Image.radial_gradient("L").convert("RGB").rotate(30 * turn) for turn in range(3)] + pictures()
+    regions = captioner.encode(captioner.preprocess(images))
+    prompt = torch.tensor([captioner.text.prompt_ids("A detailed")]).expand(len(images), -1)
+    asked = {"regions": regions, "max_new_tokens": 24, "do_sample": False, "eos_token_id": captioner.text.end,
+             "pad_token_id": captioner.text.pad, **decoding}
+    with torch.no_grad():
+        anew = captioner.model.generate(prompt, **asked)
+        assert torch.equal(captioner.model.generate(prompt, past_key_values=LstmCache(), **asked), anew)
+
+
 def test_a_cnn_with_buffers_that_are_not_saved_opens_again(tmp_path: Path) -> None:
     config = Captioner(family="cnn_lstm", dtype="float32",
                        cnn_lstm={**TINY, "num_layers": 1, "encoder": "resnetblur18"})

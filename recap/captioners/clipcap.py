@@ -1,6 +1,9 @@
 """ClipCap (Mokady et al. 2021, arXiv 2111.09734): CLIP's vector of an image, mapped to a prefix for GPT-2.
 
 Names of weights are those of the authors' code, so that its users can load what is written here, and the reverse.
+
+Their captions have no prompt. Ours have one that names a style, and the Transformer mapper reads it, too: GPT-2 behind
+it is frozen, so nothing else could learn what a style means. Without a prompt it is the authors' mapper.
 """
 
 import json
@@ -18,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 from transformers.utils import logging
 
 from recap.captioners import Tunable
-from recap.captioners.text import IGNORE, Caption, Text, next_token_loss
+from recap.captioners.text import IGNORE, Batch, Caption, Text, next_token_loss
 from recap.config import Style
 from recap.config.captioner import Captioner as CaptionerConfig
 from recap.config.captioner import ClipCap as Config
@@ -50,7 +53,10 @@ class Mlp(nn.Module):
 
 
 class TransformerMapper(nn.Module):
-    """CLIP's vector, unfolded to `clip_length` positions, beside as many learned constants as the prefix is long."""
+    """CLIP's vector, unfolded to `clip_length` positions, beside as many learned constants as the prefix is long.
+
+    Beside both stands the prompt, whose words come without their order, as GPT-2 embeds them; the authors have none.
+    """
 
     def __init__(self, clip_dim: int, dim: int, prefix_length: int, clip_length: int, num_layers: int,
                  num_heads: int) -> None:
@@ -61,13 +67,15 @@ class TransformerMapper(nn.Module):
         self.transformer: Any = nn.Module()
         self.transformer.layers = nn.ModuleList(_Layer(dim, num_heads) for _ in range(num_layers))
 
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        """(B, C) → (B, prefix_length, D)."""
+    def forward(self, vectors: torch.Tensor, prompts: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """CLIP vectors (B, C), embedded prompts (B, P, D) and what of them is no padding (B, P) → (B, prefix, D)."""
         unfolded = self.linear(vectors).view(len(vectors), self.clip_length, self.dim)
-        x = torch.cat([unfolded, self.prefix_const.expand(len(vectors), -1, -1)], dim=1)
+        prefix = self.prefix_const.expand(len(vectors), -1, -1)
+        x = torch.cat([unfolded, prefix, prompts], dim=1)
+        seen = nn.functional.pad(mask.bool(), (x.shape[1] - mask.shape[1], 0), value=True)[:, None, None]
         for layer in self.transformer.layers:
-            x = layer(x)
-        return x[:, self.clip_length:]
+            x = layer(x, seen)
+        return x[:, self.clip_length:self.clip_length + prefix.shape[1]]
 
 
 class _Layer(nn.Module):
@@ -80,8 +88,9 @@ class _Layer(nn.Module):
         self.mlp: Any = nn.Module()
         self.mlp.fc1, self.mlp.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """(B, N, D), and of all positions those that may be looked at, (B, 1, 1, N) bool."""
+        x = x + self.attn(self.norm1(x), seen)
         return x + self.mlp.fc2(torch.relu(self.mlp.fc1(self.norm2(x))))
 
 
@@ -93,10 +102,10 @@ class _Attention(nn.Module):
         self.to_keys_values = nn.Linear(dim, 2 * dim, bias=False)
         self.project = nn.Linear(dim, dim)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         queries, keys, values = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                                  for part in (self.to_queries(x), *self.to_keys_values(x).chunk(2, dim=-1)))
-        found = nn.functional.scaled_dot_product_attention(queries, keys, values)
+        found = nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=seen)
         projected: torch.Tensor = self.project(found.transpose(1, 2).flatten(2))
         return projected
 
@@ -116,9 +125,13 @@ class ClipCapModel(nn.Module):
         width: int = self.clip_project.model[-1].out_features  # type: ignore[assignment]
         return width // int(self.gpt.config.n_embd)
 
-    def prefix(self, vectors: torch.Tensor) -> torch.Tensor:
-        """CLIP vectors (B, C) → what GPT-2 goes on from, (B, prefix_length, D)."""
-        found: torch.Tensor = self.clip_project(vectors)
+    def prefix(self, vectors: torch.Tensor, prompts: Batch) -> torch.Tensor:
+        """CLIP vectors (B, C) and prompts of as many rows → what GPT-2 goes on from, (B, prefix_length, D)."""
+        found: torch.Tensor
+        if isinstance(self.clip_project, TransformerMapper):
+            found = self.clip_project(vectors, self.gpt.get_input_embeddings()(prompts.ids), prompts.mask)
+        else:
+            found = self.clip_project(vectors)
         return found.reshape(len(vectors), -1, self.gpt.config.n_embd)
 
 
@@ -174,8 +187,8 @@ class ClipCap(Tunable):
 
     @torch.no_grad()
     def caption(self, features: torch.Tensor, style: Style) -> list[Caption]:
-        prompt = torch.tensor([self.text.prompt_ids(style.prompt)], dtype=torch.long, device=features.device)
-        embeds = self._after(features, prompt.expand(len(features), -1))
+        prompts = self.text.prompts([style.prompt] * len(features), features.device)
+        embeds = self._after(features, prompts, prompts.ids)
         ids = self.model.gpt.generate(
             inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
             eos_token_id=self.text.end, pad_token_id=self.text.pad, **self.text.decoding(style))
@@ -183,16 +196,16 @@ class ClipCap(Tunable):
 
     def loss(self, features: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
         batch = self.text.batch(prompts, captions, features.device)
-        embeds = self._after(features, batch.ids)
+        embeds = self._after(features, self.text.prompts(prompts, features.device), batch.ids)
         image = embeds.shape[1] - batch.ids.shape[1]
         mask = nn.functional.pad(batch.mask, (image, 0), value=1)
         logits = self.model.gpt(inputs_embeds=embeds, attention_mask=mask,
                                 logits_to_keep=batch.ids.shape[1] + 1).logits  # the prefix may be all of the prompt
         return next_token_loss(logits, nn.functional.pad(batch.labels, (1, 0), value=IGNORE))
 
-    def _after(self, features: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The image's prefix and then the embeddings of token ids: (B, prefix_length + L, D)."""
-        return torch.cat([self.model.prefix(features), self.model.gpt.get_input_embeddings()(ids)], dim=1)
+    def _after(self, features: torch.Tensor, prompts: Batch, ids: torch.Tensor) -> torch.Tensor:
+        """The prefix, and then the embeddings of token ids (B, L): (B, prefix_length + L, D)."""
+        return torch.cat([self.model.prefix(features, prompts), self.model.gpt.get_input_embeddings()(ids)], dim=1)
 
     def frozen(self) -> list[nn.Module]:
         """CLIP; and GPT-2, unless it is tuned."""

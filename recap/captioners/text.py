@@ -75,6 +75,10 @@ class Text:
                 for prompt, caption in zip(prompts, captions, strict=True)]
         return pad(rows, self.pad, device)
 
+    def prompts(self, prompts: list[str], device: str | torch.device) -> Batch:
+        """Prompts alone; of no length, where none says anything."""
+        return pad([(self.prompt_ids(prompt), []) for prompt in prompts], self.pad, device)
+
     def room(self, prompt: str) -> int | None:
         """The longest caption, in tokens without its end, that the model has positions for after a prompt."""
         return None if self.max_length is None else self.max_length - len(self.prompt_ids(prompt)) - 1
@@ -137,9 +141,10 @@ def pad(rows: list[tuple[list[int], list[int]]], fill: int, device: str | torch.
     length = max(len(prompt) + len(caption) for prompt, caption in rows)
     padded = [(prompt + caption, [IGNORE] * len(prompt) + caption, length - len(prompt) - len(caption))
               for prompt, caption in rows]
-    return Batch(torch.tensor([ids + [fill] * rest for ids, _, rest in padded], device=device),
-                 torch.tensor([labels + [IGNORE] * rest for _, labels, rest in padded], device=device),
-                 torch.tensor([[1] * len(ids) + [0] * rest for ids, _, rest in padded], device=device))
+    columns = ([ids + [fill] * rest for ids, _, rest in padded],
+               [labels + [IGNORE] * rest for _, labels, rest in padded],
+               [[1] * len(ids) + [0] * rest for ids, _, rest in padded])
+    return Batch(*(torch.tensor(column, dtype=torch.long, device=device) for column in columns))
 
 
 def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,8 @@ class ClipCap(Table):
     num_heads: int = Field(8, ge=1)
     """Of the Transformer mapper."""
     train_gpt2: bool = True
-    """The paper tunes GPT-2 beside the MLP, and keeps it frozen behind the Transformer."""
+    """The paper tunes GPT-2 beside the MLP, and keeps it frozen behind the Transformer, which reads a style's prompt
+    for it. An MLP doesn't, so with a frozen GPT-2 it learns one style alone."""
 
 
 class Decoder(Table):
