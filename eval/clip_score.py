@@ -53,6 +53,11 @@ class ClipScorer:
         self.name = f"open_clip {_version(folder)}, {SCALE}, no prefix, long texts by sentence"
         """Model, version and scale, for the report."""
 
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied by before a softmax over texts, as the model learned it."""
+        return float(self._model.logit_scale.detach().exp())
+
     @torch.no_grad()
     def score(self, images: list[Image.Image], texts: list[str]) -> tuple[np.ndarray, int]:
         """Score each image against its text.
@@ -93,10 +98,17 @@ class ClipScorer:
             return len(tokenizer.encode(text)) + 2
         return len(tokenizer.tokenizer(tokenizer.clean_fn(text), truncation=False, verbose=False).input_ids)
 
-    @torch.no_grad()
     def embed_images(self, images: list[Image.Image]) -> np.ndarray:
         """Embed images, RGB, in one batch: (N, D) float64, rows of length 1."""
-        pixels = torch.stack([self._preprocess(image) for image in images])
+        return self.embed_pixels(self.preprocess(images))
+
+    def preprocess(self, images: list[Image.Image]) -> torch.Tensor:
+        """Images, RGB, as the model reads them: (N, 3, H, W)."""
+        return torch.stack([self._preprocess(image) for image in images])
+
+    @torch.no_grad()
+    def embed_pixels(self, pixels: torch.Tensor) -> np.ndarray:
+        """Embed preprocessed images in one batch: (N, D) float64, rows of length 1."""
         return _unit(self._model.encode_image(pixels.to(self._device)))
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from recap.config import Model
 from recap.config.captioner import Captioner, Part
+from recap.config.stitch import Llm
 from recap.errors import UserError
 from recap.progress import warn
 from recap.rundir import folder_identity
@@ -36,7 +37,7 @@ def load_pretrained(loader: Callable[..., T], ref: Model, where: str, weights: b
         raise UserError(f"{_key(ref, where)}: cannot load {ref.model}: {_one_line(error)}") from error
 
 
-def load_model(kind: Any, ref: Captioner | Part, device: str, where: str = "captioner", unread: str = "") -> Any:
+def load_model(kind: Any, ref: Captioner | Part | Llm, device: str, where: str = "captioner", unread: str = "") -> Any:
     """A captioner's model, or a part of it, frozen, on its device.
 
     Args:
@@ -59,7 +60,7 @@ def load_model(kind: Any, ref: Captioner | Part, device: str, where: str = "capt
         with torch.device("meta"):
             model = kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
         return model.requires_grad_(False)
-    options = _quantized(ref, device) if ref.quantization != "none" else {"dtype": getattr(torch, ref.dtype)}
+    options = _quantized(ref, device, where) if ref.quantization != "none" else {"dtype": getattr(torch, ref.dtype)}
     model, info = load_pretrained(kind.from_pretrained, ref, where, use_safetensors=True, output_loading_info=True,
                                   trust_remote_code=False, **options)  # unsaid, transformers would ask
     if missing := sorted(name for name in info["missing_keys"] if not unread or not name.startswith(unread)):
@@ -84,13 +85,13 @@ def _config_class(kind: Any) -> Any:
     return kind.config_class
 
 
-def _quantized(ref: Captioner, device: str) -> dict[str, Any]:
+def _quantized(ref: Captioner | Llm, device: str, where: str) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
     if not device.startswith("cuda"):
-        raise UserError(f"captioner.quantization: {ref.quantization} runs on CUDA, not on {device}: leave it out")
+        raise UserError(f"{where}.quantization: {ref.quantization} runs on CUDA, not on {device}: leave it out")
     if find_spec("bitsandbytes") is None:
-        raise UserError("captioner.quantization needs bitsandbytes: pip install 'recap-t2i[quantization]'")
+        raise UserError(f"{where}.quantization needs bitsandbytes: pip install 'recap-t2i[quantization]'")
     dtype = getattr(torch, ref.dtype)
     bits = {"8bit": {"load_in_8bit": True}, "4bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
                                                      "bnb_4bit_compute_dtype": dtype}}[ref.quantization]

@@ -107,6 +107,11 @@ def decode_text(data: bytes, kind: str = "caption") -> str:
     return " ".join(text.split()).strip(INVISIBLE)
 
 
+def visible(text: str) -> str:
+    """One line, without control characters."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
 def decode_image(data: bytes) -> Image.Image:
     """Encoded image → RGB `PIL.Image`, first frame, EXIF orientation applied, transparency on white.
 

@@ -6,8 +6,9 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image
 
-from recap.captioners.text import Caption, Text, specials, visible
+from recap.captioners.text import Caption, Text, specials
 from recap.errors import UserError
+from recap.sample import visible
 
 PROMPT, REPLY = "Zq prompt", "Zq reply"
 """Stand for the texts of both turns where a template is looked into: words that none has, or changes."""

@@ -12,6 +12,7 @@ from transformers.generation import NoRepeatNGramLogitsProcessor
 
 from recap.config import Style
 from recap.errors import UserError
+from recap.sample import visible
 
 IGNORE = -100
 """Labels that the cross entropy skips."""
@@ -155,8 +156,3 @@ def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels: (B, L) int64, `IGNORE` where nothing is to be predicted.
     """
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE)
-
-
-def visible(text: str) -> str:
-    """One line, without control characters."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())

@@ -66,23 +66,6 @@ DEFAULT_STYLES = {
 }
 
 
-class Detr(Model):
-    model: str = "facebook/detr-resnet-50"
-    threshold: float = Field(0.7, ge=0, le=1)
-    """Detections below this score are not facts."""
-
-
-class Stitch(Table):
-    shards: str | list[str] | None = None
-    """Images to write captions for; by default `data.shards`."""
-    num_images: int = Field(100, ge=1)
-    """How many, from the first shard on. RECAP tuned its captioner on 100 images."""
-    experts: list[str] = ["detr", "alt_text"]
-    writer: Literal["template"] = "template"
-    batch_size: int = Field(8, ge=1)
-    detr: Detr = Detr()
-
-
 class Relabel(Table):
     shards: str | list[str] | None = None
     """Shards to relabel; by default `data.shards`."""
@@ -129,7 +112,7 @@ def _set(content: dict[str, Any], override: str) -> None:
     for table in tables:
         content = content.setdefault(table, {})
         if not isinstance(content, dict):
-            raise UserError(f"{override!r}: {table} is a value, not a table")
+            raise UserError(f"{dotted}: {table} is a value, not a table")
     content[key] = value
 
 

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from PIL import Image
-
-from recap.config import Stitch
-from recap.experts import Facts, Sentence
+from recap.config.stitch import Stitch
+from recap.experts import View
+from recap.facts import Facts, Sentence
 
 SOURCE = "alt_text"
 
@@ -16,6 +15,10 @@ class AltTextExpert:
     def __init__(self, config: Stitch, device: str) -> None:
         self.provenance: dict[str, Any] = {}
 
-    def look(self, images: list[Image.Image], alt_texts: list[str]) -> list[Facts]:
+    def preprocess(self, views: list[View]) -> list[str]:
+        """The alt-texts."""
+        return [view.alt_text for view in views]
+
+    def look(self, batch: list[str]) -> list[Facts]:
         """One `Facts` per alt-text; without a sentence where it is empty."""
-        return [Facts(sentences=[Sentence(text, SOURCE, reliable=False)] if text else []) for text in alt_texts]
+        return [Facts(sentences=[Sentence(text, SOURCE, reliable=False)] if text else []) for text in batch]

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor
 
-from recap.config import Stitch
-from recap.experts import Facts
+from recap.config.stitch import Stitch
+from recap.experts import View
 from recap.experts.detr import DetrExpert
+from recap.facts import Facts
 from recap.rundir import StageDir
 from recap.world.base.drawings import Drawings
 from recap.world.base.fit import Schedule, fit
@@ -84,7 +85,7 @@ def expert_facts(folder: Path, images: list[Image.Image]) -> Iterator[str]:
     expert = DetrExpert(Stitch.model_validate({"detr": {"model": str(folder)}}), "cpu")
     for start in range(0, len(images), BATCH):
         part = images[start:start + BATCH]
-        for facts in expert.look(part, [""] * len(part)):
+        for facts in expert.look(expert.preprocess([View(image) for image in part])):
             yield spoken(facts, part[0].width)
 
 
