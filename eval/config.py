@@ -34,6 +34,21 @@ class Compare(Table):
         return self
 
 
+class Ablate(Table):
+    """Captions stitched from fewer experts, and what captioners learn from them."""
+
+    references: str | list[str]
+    """Shards of other images with captions of people, which all captioners are scored on."""
+    kinds: dict[Name, str] = {}
+    """Style → the caption kind of its references in those shards (`short = "human"`), where it isn't of that name."""
+    num_images: int = Field(500, ge=2)
+    """At most so many of them are captioned and scored."""
+    batch_size: int = Field(32, ge=1)
+    """Images captioned at once."""
+    num_samples: int = Field(12, ge=0)
+    """Images on the page."""
+
+
 class Generate(Table):
     prompts: str | list[str] = Field(default_factory=list)
     """What every arm draws: files .txt (one a line), .tsv (column `Prompt`) or .jsonl (field `prompt`), or shards.

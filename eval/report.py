@@ -265,6 +265,7 @@ def _flows(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         known = {"images_in", "images_out", "quarantined", "seconds", "fingerprint"}
         others = {name.replace("_", " "): value for name, value in result.items()
                   if name not in known and isinstance(value, int | float) and not isinstance(value, bool)}
+        others |= {name.replace("_", " "): value for name, value in result.get("flags", {}).items()}
         quarantined = result.get("quarantined") or {}
         flows.append({"stage": stage, "in": result.get("images_in"), "out": result.get("images_out"), "others": others,
                       "quarantined": sorted(quarantined.items(), key=lambda pair: -pair[1])})

@@ -1,6 +1,6 @@
 """`recap run`: the stages in order, each skipped when it is already done.
 
-    stitch → finetune → relabel → train (seed, arm) → generate → evaluate (seed, arm) → report
+    look (expert) → stitch → finetune → relabel → train (seed, arm) → generate → evaluate (seed, arm) → report
 
 A stage whose input the experiment file names itself needs no stage before it, and those that nobody needs are left out.
 """
@@ -21,17 +21,20 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from eval.beside import find_beside
-from eval.config import Compare, Evaluate, Generate, Report
+from eval.config import Ablate, Compare, Evaluate, Generate, Report
 from eval.judge import find_judge
 from eval.prompts import prompt_inputs, prompt_sets
 from eval.scores import check_sets, headline_sets
 from recap import pretrained, progress
 from recap.caption_sets import places
-from recap.config import DEFAULT_STYLES, Data, Model, Name, Relabel, RunName, Stitch, Style, Table
+from recap.config import DEFAULT_STYLES, Data, Model, Name, Relabel, RunName, Style, Table
 from recap.config.captioner import Captioner, Part
 from recap.config.finetune import Dataset, Finetune
+from recap.config.stitch import Stitch
 from recap.config.sweep import Sweep
 from recap.errors import UserError
+from recap.experts import check_names
+from recap.llm.prompt import read_prompt
 from recap.rundir import StageDir, digest, folder_identity, lock
 from recap.shards import expand, identity
 from train_t2i.config import DEFAULT_ARMS, Arm, Train
@@ -67,6 +70,8 @@ class Experiment(Table):
     report: Report = Report()
     compare: Compare | None = None
     """For `recap compare`."""
+    ablate: Ablate | None = None
+    """For `recap ablate`."""
     sweep: Sweep | None = None
     """For `recap sweep`."""
 
@@ -183,6 +188,20 @@ def _refuse_or_clear(stage: Stage, redo: bool) -> None:
     stage.dir.clear()
 
 
+def look(exp: Experiment) -> tuple[list[str], dict[str, Path]]:
+    """Have the experts look at the images to stitch captions of, as far as they have not.
+
+    Returns:
+        The shards of the images; and expert → the folder of its facts.
+    """
+    plan = Plan(exp)
+    looks = {name: plan.look(name) for name in exp.stitch.experts}
+    with lock(plan.root):
+        for stage in _upstream(looks.values()):
+            do(stage, _label(exp, stage), redo=False)
+    return plan.shards(exp.stitch.shards, "stitch.shards").urls, {name: stage.path for name, stage in looks.items()}
+
+
 def dry_run(exp: Experiment) -> None:
     """Print what a run would do. Reads no weights; what is not there yet is said, and is no error."""
     words = {"done": "done before", "begun": "goes on", "new": "to do",
@@ -208,6 +227,8 @@ class Plan:
     def __init__(self, exp: Experiment) -> None:
         self.exp = exp
         self.root = Path(exp.runs) / exp.name
+        self.answers = self.root / "answers.sqlite"
+        """What a chat model has answered: of no stage, so that what was paid for outlives them."""
 
     def stages(self) -> list[Stage]:
         exp = self.exp
@@ -219,7 +240,8 @@ class Plan:
         finetune = self.finetune(stitch) if tuned else None
         relabel = self.relabel(finetune) if relabelled else None
         reference = self.reference()
-        found = [stage for stage in (stitch, finetune, relabel, reference) if stage]
+        looks = _upstream(stitch.needs) if stitch else []
+        found = [*looks, *(stage for stage in (stitch, finetune, relabel, reference) if stage)]
         scored: list[tuple[int, str, Stage, Stage]] = []
         for seed in exp.seeds:
             for arm in exp.arms:
@@ -232,13 +254,44 @@ class Plan:
                 scored.append((seed, arm, generate, evaluate))
         return [*found, self.report(stitch, finetune, relabel, scored)]
 
-    def stitch(self) -> Stage:
+    def look(self, expert: str) -> Stage:
+        """What one expert sees in the images to stitch captions of, whatever experts there are beside it."""
         exp, config = self.exp, self.exp.stitch
         inputs = self.shards(config.shards, "stitch.shards")
-        return self._stage("stitch", "stitch", "recap.stitch:run", [], lambda: {
-            "stitch": config, "styles": list(exp.styles), "alt_text": exp.data.alt_text, "inputs": inputs.identity,
-            "checkpoint": _checkpoint(config.detr, "stitch.detr") if "detr" in config.experts else None,
-        }, lambda: (inputs.urls, config, exp.styles, exp.data, self.device))
+        check_names([expert])
+        own = getattr(config, expert, None)
+        tags_from = config.tagger(expert)
+        tagger = self.look(tags_from) if tags_from else None
+        return self._stage("stitch", f"facts/{expert}", "recap.look:run", [tagger], lambda: {
+            "expert": expert, expert: own, "num_images": config.num_images, "batch_size": config.batch_size,
+            "alt_text": exp.data.alt_text, "inputs": inputs.identity,
+            "files": _expert_files(own, f"stitch.{expert}"),
+            "tagger": tagger.dir.fingerprint if tagger else None,
+        }, lambda: (expert, tagger.path if tagger else None, inputs.urls, config, exp.data, self.device))
+
+    def stitch(self, experts: list[str] | None = None, folder: str = "stitch") -> Stage:
+        """Captions from what the experts of the file see, or from what others do."""
+        exp, config = self.exp, self.exp.stitch
+        experts = config.experts if experts is None else experts
+        check_names(experts)
+        inputs = self.shards(config.shards, "stitch.shards")
+        looks = {name: self.look(name) for name in experts}
+
+        def reads() -> dict[str, Any]:
+            return {"writer": config.writer, "styles": list(exp.styles), "llm": self._llm(),
+                    "facts": {name: look.dir.fingerprint for name, look in looks.items()}}
+
+        return self._stage("stitch", folder, "recap.stitch:run", looks.values(), reads, lambda: (
+            inputs.urls, config, list(exp.styles), {name: look.path for name, look in looks.items()},
+            self.answers, self.device))
+
+    def _llm(self) -> dict[str, Any] | None:
+        """What captions that a chat model writes depend on."""
+        config = self.exp.stitch.llm
+        if self.exp.stitch.writer != "llm":
+            return None
+        checkpoint = None if config.server else _checkpoint(config, "stitch.llm")
+        return {**config.own(), "prompt": read_prompt(config, list(self.exp.styles)), "checkpoint": checkpoint}
 
     def finetune(self, stitch: Stage | None) -> Stage:
         exp, config = self.exp, self.exp.finetune
@@ -320,7 +373,8 @@ class Plan:
 
         def content() -> tuple[Any, ...]:
             from eval.report import ReportInput, Run
-            before = {"stitch": stitch, "finetune": finetune, "relabel": relabel}
+            looks = {f"look, {look.path.name}": look for look in _upstream(stitch.needs)} if stitch else {}
+            before = {**looks, "stitch": stitch, "finetune": finetune, "relabel": relabel}
             return ReportInput(
                 name=exp.name, config=exp.model_dump(mode="json"), arms=exp.arms, styles=list(exp.styles),
                 runs=[Run(seed, arm, generate.path, evaluate.path) for seed, arm, generate, evaluate in scored],
@@ -368,6 +422,18 @@ def _checkpoint(ref: Model, where: str) -> Any:
     """Identity of a checkpoint; one line now, not hours later, where its folder is not there."""
     pretrained.find_local(ref, where)
     return pretrained.identity(ref)
+
+
+def _expert_files(own: Any, where: str) -> dict[str, Any]:
+    """Identity of what an expert's table names: its checkpoint, its list of tags."""
+    found = {"model": _checkpoint(own, where)} if isinstance(own, Model) else {}
+    for key in ("checkpoint", "tags"):
+        path = getattr(own, key, None)
+        if path and not Path(path).expanduser().is_file():
+            raise UserError(f"{where}.{key}: no file at {path}: check the path")
+        if path:
+            found[key] = identity(str(Path(path).expanduser()))
+    return found
 
 
 def _written(stage: Stage | None) -> list[str]:

@@ -21,7 +21,7 @@ from recap.config.captioner import Captioner as CaptionerConfig
 from recap.errors import UserError
 from recap.rundir import StageDir, hash_files
 from recap.sample import Sample
-from recap.shard_work import Stats, batches, once, stats_of, total
+from recap.shard_work import Stats, batches, once, stats_of, total, warn_of
 from recap.shards import Reject, ShardWriter, count_images, shard_name
 
 SCHEMA = 1
@@ -78,6 +78,7 @@ def relabel_shard(shard: str, out: Path, labeller: Labeller, data: Data, bar: An
             counts["successes"] += len(batch)
             bar.update(len(batch))
     bar.update(len(rejects))
+    warn_of(rejects, shard, out)
     return stats_of(shard, out, rejects=rejects, **counts)
 
 

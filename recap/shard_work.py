@@ -3,11 +3,14 @@
 A shard is the unit of work. Its stats are written last, so a shard that has them is done; to resume is to skip those.
 """
 
+import itertools
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -19,24 +22,28 @@ from recap.sample import Sample
 from recap.shards import Reject, read_shard, shard_name, write_json, write_rejects
 
 Stats = dict[str, Any]
+Decoded = tuple[Sample, Image.Image]
+In = TypeVar("In")
+Out = TypeVar("Out")
+NUM_DECODERS = min(8, os.cpu_count() or 1)
 MAX_BATCH_PIXELS = 200_000_000
 """Decoded images of a batch hold 3 bytes a pixel: a shard of huge ones must not fill the memory."""
 
 
 def batches(shard: str, size: int, data: Data, rejects: list[Reject],
-            limit: int | None = None) -> Iterator[list[tuple[Sample, Image.Image]]]:
-    """The first `limit` usable samples of a shard with their images, in batches; what comes after is not read.
+            limit: int | None = None) -> Iterator[list[Decoded]]:
+    """The first `limit` usable samples of a shard with their images, in batches; what comes after does not count.
 
-    Batches are formed within the shard, in file order, so that no result depends on rank or interruption.
+    Batches are formed within the shard, in file order, so that no result depends on rank or interruption. Images are
+    decoded in threads, some ahead of those that are asked for.
     """
-    batch: list[tuple[Sample, Image.Image]] = []
+    batch: list[Decoded] = []
     given = 0
-    for sample in read_shard(shard, rejects):
-        try:
-            batch.append((sample, sample.check(data.alt_text)))
-        except BadSample as error:
-            rejects.append(Reject(sample.shard, sample.key, error.reason, error.detail))
+    for faults, decoded in ahead(lambda read: _decode(*read, data), _read(shard), NUM_DECODERS):
+        rejects += faults
+        if decoded is None:
             continue
+        batch.append(decoded)
         pixels = sum(image.width * image.height for _, image in batch)
         if len(batch) == size or given + len(batch) == limit or pixels > MAX_BATCH_PIXELS:
             yield batch
@@ -46,6 +53,53 @@ def batches(shard: str, size: int, data: Data, rejects: list[Reject],
                 return
     if batch:
         yield batch
+
+
+def _read(shard: str) -> Iterator[tuple[list[Reject], Sample | None]]:
+    """The samples of a shard, each with what was found malformed before it; at the end, what was after the last."""
+    rejects: list[Reject] = []
+    for sample in read_shard(shard, rejects):
+        yield rejects.copy(), sample
+        rejects.clear()
+    yield rejects, None
+
+
+def _decode(rejects: list[Reject], sample: Sample | None, data: Data) -> tuple[list[Reject], Decoded | None]:
+    """The sample with its image; or one reject more."""
+    if sample is None:
+        return rejects, None
+    try:
+        return rejects, (sample, sample.check(data.alt_text))
+    except BadSample as error:
+        return [*rejects, Reject(sample.shard, sample.key, error.reason, error.detail)], None
+
+
+def ahead(work: Callable[[In], Out], items: Iterable[In], threads: int) -> Iterator[Out]:
+    """What `work` makes of the items, in their order; done in threads, by as many items before it is asked for.
+
+    The items are read in the caller's thread.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        begun: deque[Future[Out]] = deque()
+        try:
+            for item in items:
+                begun.append(pool.submit(work, item))
+                if len(begun) > threads:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
+        finally:
+            for future in begun:
+                future.cancel()
+
+
+def in_background(items: Iterator[In]) -> Iterator[In]:
+    """The items, of which the next is made in a thread while the caller works on one."""
+    end = object()
+    for item in ahead(lambda _: next(items, end), itertools.repeat(None), 1):
+        if item is end:
+            return
+        yield item  # type: ignore[misc]
 
 
 def once(stage: StageDir, shard: str, work: Callable[[str], Stats]) -> tuple[Stats, bool]:
@@ -62,14 +116,24 @@ def once(stage: StageDir, shard: str, work: Callable[[str], Stats]) -> tuple[Sta
 def stats_of(shard: str, out: Path, successes: int, rejects: list[Reject], **others: Any) -> Stats:
     """A shard's stats, named as img2dataset names them; its rejects go to the quarantine file first."""
     reasons = Counter(reject.reason for reject in rejects)
-    quarantine = out / f"{shard_name(shard)}_quarantine.jsonl"
+    quarantine = quarantine_file(shard, out)
     quarantine.unlink(missing_ok=True)  # an earlier try may have found faults that have been mended since
     if rejects:
         write_rejects(str(quarantine), rejects)
-        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
-        progress.warn(f"{shard}: {len(rejects)} samples quarantined ({listed}), see {quarantine}")
     return {"count": successes + len(rejects), "successes": successes, **others,
             "status_dict": {"success": successes, **reasons}}
+
+
+def quarantine_file(shard: str, out: Path) -> Path:
+    return out / f"{shard_name(shard)}_quarantine.jsonl"
+
+
+def warn_of(rejects: list[Reject], shard: str, out: Path) -> None:
+    """Say that samples of a shard are not used, by reason, and where they are listed."""
+    if rejects:
+        reasons = Counter(reject.reason for reject in rejects)
+        listed = ", ".join(f"{reason} {count}" for reason, count in reasons.items())
+        progress.warn(f"{shard}: {len(rejects)} samples quarantined ({listed}), see {quarantine_file(shard, out)}")
 
 
 def total(found: list[Stats], *others: str) -> dict[str, Any]:

@@ -284,6 +284,11 @@ def write_rejects(url: str, rejects: list[Reject]) -> None:
     write_bytes(url, "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects).encode())
 
 
+def read_rejects(path: Path) -> list[Reject]:
+    """What a quarantine file lists; nothing where there is none."""
+    return [Reject(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def temporary(url: str) -> Path:
     """Where to build `url` before it is published. A second try overwrites what a killed one left."""
     if is_local(url):

@@ -18,7 +18,7 @@ def variant(exp: Experiment, name: str, runs: Path, values: dict[str, Any], wher
     Raises:
         UserError: the values make no valid experiment.
     """
-    content = exp.model_dump(exclude_unset=True, exclude={"compare", "sweep"})
+    content = exp.model_dump(exclude_unset=True, exclude={"ablate", "compare", "sweep"})
     if stitches(exp):  # the experiment's own captions, for every variant
         shards = str(Path(exp.runs) / exp.name / "stitch" / "*.tar")
         content["finetune"] = content.get("finetune", {}) | {"shards": shards}

@@ -237,7 +237,7 @@ def test_what_is_no_address_is_one_clear_line(address: str) -> None:
 
 
 def test_without_openai_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.setattr("recap.openai_api.find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install 'recap-t2i\[server\]'"):
         opened("http://127.0.0.1:9/v1")
 

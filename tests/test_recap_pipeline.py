@@ -58,7 +58,8 @@ def members(shard: Path) -> dict[str, bytes]:
 
 def test_every_stage_leaves_its_folder_and_the_report(finished: Path) -> None:
     stages = {str(done.parent.relative_to(finished)) for done in finished.rglob("done.json")}
-    assert stages == {"stitch", "captioner", "relabel", "reference", "report", "seed-0/train/alt", "seed-0/train/mix",
+    assert stages == {"facts/detr", "stitch", "captioner", "relabel", "reference", "report", "seed-0/train/alt",
+                      "seed-0/train/mix",
                       *(f"seed-0/{stage}/{arm}" for stage in ("generate", "eval") for arm in ("base", "alt", "mix"))}
     report = json.loads((finished / "report" / "report.json").read_text())
     assert [(run["seed"], run["arm"]) for run in report["runs"]] == [(0, "base"), (0, "alt"), (0, "mix")]
@@ -116,7 +117,7 @@ def test_what_was_made_with_other_settings_is_not_called_missing(finished: Path,
 
 def test_a_dry_run_writes_nothing_and_lists_the_stages(arguments: list[str], tmp_path: Path) -> None:
     done = recap(*arguments, f"runs={tmp_path}", "--dry-run")
-    assert done.returncode == 0 and done.stdout.count("to do") == 13
+    assert done.returncode == 0 and done.stdout.count("to do") == 14
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,16 +11,19 @@ import pytest
 import webdataset
 from PIL import Image
 
-from recap.config import DEFAULT_STYLES, Data, Detr, Stitch
+from recap import look
+from recap.config import Data
+from recap.config.stitch import Detr, Stitch
 from recap.errors import UserError
 from recap.experts.detr import DetrExpert
+from recap.facts import read_facts
 from recap.rundir import StageDir
 from recap.sample import Sample
 from recap.shards import ShardWriter, read_shard
 from recap.stitch import run
 from recap.world.draw import draw
 
-STYLES = {name: DEFAULT_STYLES[name] for name in ("short", "long", "rich")}
+STYLES = ["short", "long", "rich"]
 Stitching = Callable[..., dict[str, Any]]
 
 
@@ -31,10 +34,21 @@ def stitch(world_models: Path) -> Stitching:
                alt_text: Literal["required", "optional"] = "required", **settings: Any) -> dict[str, Any]:
         detr = Detr(model=str(world_models / "detr"), threshold=threshold)
         config = Stitch(num_images=num_images, detr=detr, **settings)
-        stage = StageDir(out, {"stitch": config})
-        stage.begin()
-        return run(stage, [str(shard) for shard in shards], config, STYLES, Data(alt_text=alt_text), "cpu")
+        urls, looked = [str(shard) for shard in shards], {name: facts_of(out, name) for name in config.experts}
+        for name, folder in looked.items():
+            look.run(begun(folder, config), name, None, urls, config, Data(alt_text=alt_text), "cpu")
+        return run(begun(out, config), urls, config, STYLES, looked, out.parent / "answers.sqlite", "cpu")
     return stitch
+
+
+def facts_of(out: Path, expert: str) -> Path:
+    return out.parent / f"{out.name}-facts" / expert
+
+
+def begun(folder: Path, config: Stitch) -> StageDir:
+    stage = StageDir(folder, {"stitch": config})
+    stage.begin()
+    return stage
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +143,32 @@ def test_facts_of_a_rotated_photo_are_in_its_upright_pixels(stitch: Stitching, t
     boxes = [thing["box"] for thing in facts["experts"]["detr"]["facts"]["objects"]]
     assert max(box[2] for box in boxes) > 30
     assert max(box[3] for box in boxes) <= 30
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 50), (1, 5000), (5000, 1)])
+def test_odd_images_cost_at_most_their_facts(stitch: Stitching, tmp_path: Path, size: tuple[int, int]) -> None:
+    samples = []
+    for key, image in (("1", Image.new("RGB", size)), ("2", Image.new("RGB", (64, 64)))):
+        image.save(file := io.BytesIO(), "PNG")
+        samples.append(Sample("00000", key, {"png": file.getvalue(), "txt": b"a wall"}))
+    stitch(tmp_path / "out", [write_shard(tmp_path / "00000.tar", samples)])
+    found, _ = read_facts(facts_of(tmp_path / "out", "detr") / "00000.parquet")
+    assert [(each.width, each.height) for each in found.values()] == [size, (64, 64)]
+    odd, usual = (each.facts.objects for each in found.values())
+    assert len(usual) == 10
+    assert len(odd) == (0 if max(size) > 50 * min(size) else 10)
+
+
+def test_a_new_mix_of_experts_looks_at_nothing_again(stitch: Stitching, shards: list[Path], tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    stitch(tmp_path / "both", shards[1:])
+    for name in ("both", "one"):
+        assert facts_of(tmp_path / name, "detr").parent == tmp_path / f"{name}-facts"
+    (tmp_path / "both-facts").rename(tmp_path / "one-facts")
+    monkeypatch.setattr("recap.look.open_expert", lambda *_: pytest.fail("opened"))
+    stitch(tmp_path / "one", shards[1:], experts=["detr"])
+    facts = json.loads(read(tmp_path / "one/00001.tar")[0].members["facts.json"])
+    assert list(facts["experts"]) == ["detr"]
 
 
 def test_real_photos(stitch: Stitching, shared_data: Path, tmp_path: Path) -> None:
@@ -231,7 +271,7 @@ def test_an_error_within_a_shard_leaves_no_shard_behind(stitch: Stitching, shard
         patch.setattr(DetrExpert, "look", fail_at_the_third)
         with pytest.raises(KeyboardInterrupt):
             stitch(tmp_path / "killed", shards, batch_size=16)
-    assert not results(tmp_path / "killed")
+    assert not results(facts_of(tmp_path / "killed", "detr"))
     stitch(tmp_path / "killed", shards, batch_size=16)
     stitch(tmp_path / "whole", shards, batch_size=16)
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
@@ -240,5 +280,5 @@ def test_an_error_within_a_shard_leaves_no_shard_behind(stitch: Stitching, shard
 def test_a_run_that_is_done_opens_no_expert(stitch: Stitching, shards: list[Path], tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     first = stitch(tmp_path, shards[1:])
-    monkeypatch.setattr("recap.stitch.open_experts", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr("recap.look.open_expert", lambda *_: pytest.fail("opened"))
     assert stitch(tmp_path, shards[1:]) == first

@@ -424,7 +424,7 @@ def test_trials_learn_from_what_the_run_stitched(sweeps: Sweeps, world_shards: P
                       f"stitch.detr.model={world_models}/detr", "finetune.max_tokens=64"], Experiment)
     sweep(exp)
     assert sorted(child.name for child in sweeps.path().parent.iterdir() if child.name[0] != ".") == [
-        "stitch", "sweep"]
+        "facts", "stitch", "sweep"]
     assert [trial["state"] for trial in sweeps.result()["trials"]] == ["complete", "complete"]
 
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recap.experts import Facts, Object
-from recap.llm import TemplateWriter
+from recap.facts import Facts, Object
+from recap.llm import Scene as Shown
+from recap.llm.template import TemplateWriter
 from recap.world.facts import (
     BACKGROUND,
     COUNT_WORDS,
@@ -86,11 +87,15 @@ def facts_of(scene: Scene) -> Facts:
     return Facts(objects=[*objects, Object(scene.background.name, 1.0, (0, 0, 32, 32))])
 
 
+def stitched(scene: Scene) -> dict[str, str]:
+    return TemplateWriter(["short", "long", "rich"]).write(Shown(facts_of(scene), 32, 32)).captions
+
+
 @given(st.integers(0, 10**9))
 def test_stitched_captions_of_what_is_there_say_nothing_false(seed: int) -> None:
     scene = draw_scene(Random(seed))
     things = scene.metadata(32)
-    for style, text in TemplateWriter().write(facts_of(scene), (32, 32), ["short", "long", "rich"]).items():
+    for style, text in stitched(scene).items():
         truth = compare(read(text), things)
         assert truth.wrong == 0, text
         if style == "rich":
@@ -163,15 +168,15 @@ def test_references_share_no_sentence_with_the_stitchers_template() -> None:
                 for text in masked for sentence in text.split(".") if sentence.strip()}
 
     references: set[str] = set()
-    stitched: set[str] = set()
+    ours: set[str] = set()
     for seed in range(300):
         rng = Random(seed)
         scene = draw_scene(rng)
         references |= forms(write(scene, rng) for write in (reference_short, reference_long, reference_rich))
-        stitched |= forms(TemplateWriter().write(facts_of(scene), (32, 32), ["short", "long", "rich"]).values())
-    assert {"S", "S and other objects"} <= stitched
-    assert any(form.startswith("the picture shows S") for form in stitched)
-    assert not references & stitched
+        ours |= forms(stitched(scene).values())
+    assert {"S", "S and other objects"} <= ours
+    assert any(form.startswith("the picture shows S") for form in ours)
+    assert not references & ours
 
 
 # --- judging -------------------------------------------------------------------------------------------------------

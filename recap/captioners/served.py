@@ -6,25 +6,25 @@ What such a server answers is text from elsewhere: it is read up to a limit, and
 import base64
 import io
 import json
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 from PIL import Image
 
-from recap.captioners.text import Caption, visible
+from recap.captioners.text import Caption
 from recap.config import Style
 from recap.config.captioner import Captioner as CaptionerConfig
 from recap.errors import UserError
+from recap.openai_api import CONNECT_TIMEOUT, client_options, request_headers, without_key
+from recap.sample import visible
 
 MAX_REQUESTS = 16
 """At a time. A server puts those that it has together into batches of its own."""
 MAX_RETRIES = 6
 """Of a request, for lost connections, 408, 409, 429 and 5xx: about half a second after the first, then up to 8 s."""
-TIMEOUT, CONNECT_TIMEOUT = 300.0, 10.0
-"""Seconds for an answer, and for a connection."""
+TIMEOUT = 300.0
+"""Seconds for an answer."""
 MAX_ANSWER_BYTES = 1 << 20
 MAX_LETTERS_PER_TOKEN = 32
 """A caption that is longer than its tokens can be is cut."""
@@ -34,8 +34,8 @@ JPEG_MAX_SIDE = 65_500
 class Served:
     """Captions in the words of a model that is served elsewhere. Features are the encoded pictures themselves."""
 
-    def __init__(self, client: Any, server: str, model: str, headers: dict[str, Any]) -> None:
-        self.client, self.server, self.model, self.headers = client, server, model, headers
+    def __init__(self, client: Any, server: str, model: str) -> None:
+        self.client, self.server, self.model = client, server, model
 
     @classmethod
     def open(cls, config: CaptionerConfig) -> Self:
@@ -45,18 +45,12 @@ class Served:
             UserError: openai is not installed, or the address is none.
         """
         server = str(config.server)
-        if urlsplit(server).scheme not in ("http", "https") or not urlsplit(server).netloc:
-            raise UserError(f"captioner.server: {server} is not an address: write http://HOST:PORT/v1")
-        try:
-            import openai
-        except ImportError:
-            raise UserError("captioner.server needs openai: pip install 'recap-t2i[server]'") from None
-        key = os.environ.get("OPENAI_API_KEY")
+        options = client_options(server, "captioner.server")
+        import openai
         client = openai.OpenAI(
-            base_url=server, api_key=key or "none", max_retries=MAX_RETRIES,
-            timeout=openai.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT),
+            **options, max_retries=MAX_RETRIES, timeout=openai.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT),
             http_client=openai.DefaultHttpxClient(follow_redirects=False))  # a redirect would take the key elsewhere
-        return cls(client, server, config.model, {} if key else {"Authorization": openai.Omit()})
+        return cls(client, server, config.model)
 
     def preprocess(self, images: list[Image.Image]) -> list[str]:
         """RGB images → data URLs."""
@@ -89,7 +83,7 @@ class Served:
         try:
             with self.client.chat.completions.with_streaming_response.create(
                     model=self.model, messages=[{"role": "user", "content": content}], temperature=0,
-                    max_tokens=style.max_new_tokens, extra_headers=self.headers) as response:
+                    max_tokens=style.max_new_tokens, extra_headers=request_headers()) as response:
                 return _caption(_read(response), style)
         except openai.APIStatusError as error:
             raise self._failure(f"answered {error.status_code}: {error.message}",
@@ -104,8 +98,7 @@ class Served:
             raise self._failure(f"broke off: {error}", "run the same command again") from None
 
     def _failure(self, what: str, advice: str) -> UserError:
-        key = os.environ.get("OPENAI_API_KEY")
-        said = visible(what.replace(key, "…") if key else what)[:300]
+        said = visible(without_key(what))[:300]
         return UserError(f"captioner.server: {self.server} {said}; {advice}")
 
 

@@ -9,15 +9,15 @@ trials before it alone, so a sweep that was stopped ends as one that was not.
 import dataclasses
 from pathlib import Path
 
-from recap import pipeline, progress
+from recap import progress
 from recap.errors import UserError
-from recap.pipeline import Experiment, Plan
+from recap.pipeline import Experiment
 from recap.rundir import StageDir, lock
 from recap.shards import write_json
 from recap.sweep.result import line, table
 from recap.sweep.search import Search
 from recap.sweep.study import Study
-from recap.variants import stitches
+from recap.variants import stitch
 
 
 def sweep(exp: Experiment, redo: bool = False) -> None:
@@ -32,9 +32,8 @@ def sweep(exp: Experiment, redo: bool = False) -> None:
     """
     search = Search(exp)
     search.check_values()
+    stitch(exp, redo)
     with lock(Path(exp.runs) / exp.name):
-        if stitches(exp):
-            pipeline.do(Plan(exp).stitch(), "stitch", redo)
         search.check_effect()
         folder = search.folder()
         _begin(folder, redo)

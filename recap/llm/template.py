@@ -1,13 +1,15 @@
-"""Who writes captions from facts. So far a template: deterministic, offline, and it can't make anything up."""
+"""Captions from facts by a template: deterministic, offline, and it can't make anything up."""
 
 import html
 import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from recap.experts import Facts, Object
+from recap.facts import Facts, Object
+from recap.filters import addresses_a_model
+from recap.llm import Scene, Written
 
 MAX_CHARACTERS = {"short": 160, "long": 480, "rich": 1600}
 MAX_GROUPS = {"short": 3, "long": 6, "rich": 12}
@@ -40,26 +42,29 @@ BIDI_AND_INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\
 class TemplateWriter:
     """Facts in English sentences. The same facts always give the same captions."""
 
-    provenance: ClassVar[dict[str, Any]] = {"name": "template", "version": 3}
+    provenance: dict[str, Any] = {"name": "template", "version": 3}
+    instructions = ""
 
-    def write(self, facts: Facts, size: tuple[int, int], styles: Iterable[str]) -> dict[str, str]:
-        """One caption per style: never empty, bounded in length, one line, no control characters.
+    def __init__(self, styles: Iterable[str]) -> None:
+        """`short` is one sentence, `rich` a paragraph; a style of any other name gets one or two detailed sentences."""
+        self.styles = list(styles)
 
-        Args:
-            facts: what the experts found, merged.
-            size: width and height of the image, in pixels, in which boxes are given.
-            styles: `short` is one sentence, `rich` a paragraph; any other name gets one or two detailed sentences.
-        """
-        scene = _Scene.of(facts, size)
+    def prepare(self, scenes: Iterable[Scene], total: int) -> dict[str, Any]:
+        """Nothing takes long."""
+        return {}
+
+    def write(self, scene: Scene) -> Written:
+        """One caption per style: never empty, bounded in length, one line, no control characters."""
+        content = _Content.of(scene.facts, (scene.width, scene.height))
         forms = {"short": _short, "rich": _rich}
-        return {style: _bounded(forms.get(style, _long)(scene), MAX_CHARACTERS.get(style, MAX_CHARACTERS["long"]))
-                for style in styles}
+        return Written({style: _bounded(forms.get(style, _long)(content),
+                                        MAX_CHARACTERS.get(style, MAX_CHARACTERS["long"])) for style in self.styles})
 
 
 # --- the three forms -----------------------------------------------------------------------------------------------
 
 
-def _short(scene: "_Scene") -> list[str]:
+def _short(scene: "_Content") -> list[str]:
     if scene.groups:
         shown = scene.groups[:MAX_GROUPS["short"]]
         others = ["other objects"] if len(scene.groups) > len(shown) else []
@@ -69,30 +74,30 @@ def _short(scene: "_Scene") -> list[str]:
     return [f"A picture of {_joined(scene.tags[:3])}."] if scene.tags else ["An image."]
 
 
-def _long(scene: "_Scene") -> list[str]:
+def _long(scene: "_Content") -> list[str]:
     objects = _objects(scene, MAX_GROUPS["long"])
     found = [*scene.said[:1], *objects, *_tags(scene, 6), *_sizes(scene)][:2]
     return found or _unknown(scene)
 
 
-def _rich(scene: "_Scene") -> list[str]:
+def _rich(scene: "_Content") -> list[str]:
     found = [*scene.said[:3], *_objects(scene, MAX_GROUPS["rich"]), *_sizes(scene), *_relations(scene),
              *_tags(scene, 12)]
     return [*(found or _unknown(scene)), *_writing(scene), *_hearsay(scene)]
 
 
-def _unknown(scene: "_Scene") -> list[str]:
+def _unknown(scene: "_Content") -> list[str]:
     return _writing(scene) or ["An image whose content was not recognised."]
 
 
-def _objects(scene: "_Scene", limit: int) -> list[str]:
+def _objects(scene: "_Content", limit: int) -> list[str]:
     if not scene.groups:
         return []
     others = ["other objects"] if len(scene.groups) > limit else []
     return [f"The picture shows {_joined([_placed(group) for group in scene.groups[:limit]] + others)}."]
 
 
-def _sizes(scene: "_Scene") -> list[str]:
+def _sizes(scene: "_Content") -> list[str]:
     """`The dog is large and the red circles are small.` Unless the label says it, or the thing fills the picture."""
     clauses = []
     sized = [group for group in scene.groups if not (SIZE_WORD.match(group.label) or _fills(group))]
@@ -105,7 +110,7 @@ def _sizes(scene: "_Scene") -> list[str]:
     return [_sentence(_joined(clauses))] if clauses else []
 
 
-def _relations(scene: "_Scene") -> list[str]:
+def _relations(scene: "_Content") -> list[str]:
     """Where the largest objects are to one another, of those that are one of their kind."""
     single = [group for group in scene.groups if len(group.seen) == 1 and not _fills(group)][:3]
     sentences = []
@@ -121,16 +126,16 @@ def _relations(scene: "_Scene") -> list[str]:
     return sentences
 
 
-def _tags(scene: "_Scene", limit: int) -> list[str]:
+def _tags(scene: "_Content", limit: int) -> list[str]:
     return [f"The picture has to do with {_joined(scene.tags[:limit])}."] if scene.tags else []
 
 
-def _writing(scene: "_Scene") -> list[str]:
+def _writing(scene: "_Content") -> list[str]:
     quoted = [f"“{line}”" for line in scene.writing[:3]]
     return [f"It bears the words {_joined(quoted)}."] if quoted else []
 
 
-def _hearsay(scene: "_Scene") -> list[str]:
+def _hearsay(scene: "_Content") -> list[str]:
     return [f"Its caption on the web reads: “{text}”." for text in scene.hearsay[:1]]
 
 
@@ -163,7 +168,7 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class _Scene:
+class _Content:
     """The facts as the template uses them: cleaned, grouped, the most striking first."""
 
     groups: list[_Group]
@@ -173,7 +178,7 @@ class _Scene:
     hearsay: list[str]
 
     @classmethod
-    def of(cls, facts: Facts, size: tuple[int, int]) -> "_Scene":
+    def of(cls, facts: Facts, size: tuple[int, int]) -> "_Content":
         groups: dict[str, list[_Seen]] = {}
         for found in facts.objects:
             if label := _clean(found.label, MAX_LABEL):
@@ -210,9 +215,9 @@ def _seen(found: Object, size: tuple[int, int]) -> _Seen:
 
 
 def looks_like_words(text: str) -> bool:
-    """Whether alt-text may speak of the picture: at least two words, and no file name, address, number or shop talk."""
+    """Whether alt-text may speak of the picture: words, and no file name, address, number, shop talk or order."""
     text = html.unescape(text)
-    if FILE_NAME.search(text) or SHOP_TALK.search(text):
+    if FILE_NAME.search(text) or SHOP_TALK.search(text) or addresses_a_model(text):
         return False
     letters = sum(char.isalpha() for char in text)
     words = [word for word in text.split() if sum(char.isalpha() for char in word) > 1]

@@ -1,0 +1,86 @@
+"""What chat models have answered, by request, in an SQLite file: nothing that was paid for is ever asked again.
+
+A request is marked before it is sent and its answer is kept the moment it is there, so a command that is killed loses
+at most the answers under way, and the next one knows which of them may have been paid for.
+"""
+
+import hashlib
+import json
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+    key TEXT PRIMARY KEY,
+    sent INTEGER NOT NULL,      -- times that it was sent and not refused
+    text TEXT,                  -- the answer; NULL where there is none
+    finish_reason TEXT,
+    prompt_tokens INTEGER,      -- NULL where the server doesn't say
+    completion_tokens INTEGER
+) STRICT"""
+WAIT = 60.0
+"""Seconds for another command that writes to the file."""
+
+Body = dict[str, Any]
+"""Of a request, as OpenAI's chat completions take it. It holds no key and no address."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said, and what that took."""
+
+    text: str
+    finish_reason: str = "stop"
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Answers:
+    """The answers in a file, by `key_of` their requests. To be used from one thread."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Every statement is its own transaction. In WAL mode none waits for the disk: a killed process loses nothing,
+        # and a machine that loses its power the last answers.
+        self.file = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
+        self.file.execute("PRAGMA journal_mode = WAL")
+        self.file.execute("PRAGMA synchronous = NORMAL")
+        self.file.execute(SCHEMA)
+
+    def get(self, key: str) -> Answer | None:
+        """The answer to a request; None where there is none."""
+        row = self.file.execute("SELECT text, finish_reason, prompt_tokens, completion_tokens FROM requests "
+                                "WHERE key = ? AND text IS NOT NULL", [key]).fetchone()
+        return Answer(*row) if row else None
+
+    def sending(self, key: str) -> None:
+        """Called before a request is sent."""
+        self.file.execute("INSERT INTO requests (key, sent) VALUES (?, 1) "
+                          "ON CONFLICT DO UPDATE SET sent = sent + 1", [key])
+
+    def refused(self, key: str) -> None:
+        """Called where the server would not serve it: that is not paid."""
+        self.file.execute("UPDATE requests SET sent = sent - 1 WHERE key = ? AND sent > 0", [key])
+
+    def put(self, key: str, answer: Answer) -> None:
+        """Keep an answer. A first one stays."""
+        self.file.execute(
+            "INSERT INTO requests VALUES (?, 1, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET text = excluded.text, "
+            "finish_reason = excluded.finish_reason, prompt_tokens = excluded.prompt_tokens, "
+            "completion_tokens = excluded.completion_tokens WHERE text IS NULL",
+            [key, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens])
+
+    def sent(self, key: str) -> int:
+        """How often a request was sent and not refused. More than once: all but one may have been paid for nothing."""
+        row = self.file.execute("SELECT sent FROM requests WHERE key = ?", [key]).fetchone()
+        return int(row[0]) if row else 0
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def key_of(body: Body) -> str:
+    """SHA-256 of a request's canonical JSON: 64 hex digits."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
