@@ -13,7 +13,7 @@ from eval.captions import ScoredCaptions, compare_captioners, score_captions, su
 from eval.clip_score import ClipScorer
 from eval.clipscore_hessel import clipscores
 from eval.config import ClipScore, JudgeRef
-from eval.judge import Facts, Judge, open_judge
+from eval.judge import Judge, open_judge
 from eval.statistics import ALPHA, holm
 from recap import progress
 from recap.caption_sets import CaptionedImage
@@ -170,14 +170,18 @@ def _with_facts(scored: ScoredCaptions, said: dict[str, str], each: Scored) -> S
         return scored
     judge = _open(each.judge.target, each.judge.model, each.device)
     metadata = _metadata(tuple(sorted({image.image.url for image in each.images})))
-    facts = [_facts(judge, said[uid], metadata.get(uid, {})) for uid in scored.keys]
-    if not any(facts):
-        return scored
-    counts = np.array([[f.covered, f.total, f.covered, f.covered + f.wrong] if f else [0.0] * 4 for f in facts])
-    own = {"facts_covered": Measure(counts[:, :2], _share)}
+    counts = np.array([facts_of(judge, said[uid], metadata.get(uid, {})) for uid in scored.keys])
+    return replace(scored, measures=with_share(dict(scored.measures), counts))
+
+
+def with_share(measures: dict[str, Measure], counts: np.ndarray) -> dict[str, Measure]:
+    """The same with `FACTS`, where any are known; counts are of `facts_of`, (N, 4), a row an image."""
+    own = {}
+    if counts[:, 1].any():
+        own["facts_covered"] = Measure(counts[:, :2], _share)
     if counts[:, 3].any():
         own["facts_precision"] = Measure(counts[:, 2:], _share)
-    return replace(scored, measures={**scored.measures, **own})
+    return {**measures, **own}
 
 
 def _share(sums: np.ndarray) -> np.ndarray:
@@ -209,8 +213,10 @@ def _metadata(urls: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _facts(judge: Judge, caption: str, metadata: dict[str, Any]) -> Facts | None:
+def facts_of(judge: Judge | None, caption: str, metadata: dict[str, Any]) -> list[float]:
+    """Facts that a caption states, and those there are; true statements, and all; zeros of an image nobody knows."""
     try:
-        return judge.caption(caption, metadata)
+        found = judge.caption(caption, metadata) if judge else None
     except (KeyError, BadSample):
-        return None
+        found = None
+    return [found.covered, found.total, found.covered, found.covered + found.wrong] if found else [0.0] * 4

@@ -50,6 +50,44 @@ def info(config: ConfigFile, overrides: Overrides = None) -> None:
     print(table(count(exp.captioner, exp.finetune)))
 
 
+batch = typer.Typer(help="A chat model's requests as files, for services that answer later and cheaper.",
+                    no_args_is_help=True)
+app.add_typer(batch, name="batch")
+
+
+@batch.command("export")
+def batch_export(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write requests-000.jsonl and so on to.")],
+    overrides: Overrides = None,
+) -> None:
+    """Write the requests that stitching would send, in the format of OpenAI's batches."""
+    from recap import pipeline
+    from recap.batch import export
+    from recap.config import load
+    found = export(load(config, overrides or [], pipeline.Experiment), out)
+    cost = f", which can cost {found.most:.2f}" if found.most else ""
+    print(f"{found.num_requests} requests{cost}; {found.num_complete} images need none any more")
+    for file in found.files:
+        print(file)
+
+
+@batch.command("import")
+def batch_import(
+    config: ConfigFile,
+    answers: Annotated[list[Path], typer.Option("--answers", "-a", help="A file that the service wrote.")],
+    overrides: Overrides = None,
+) -> None:
+    """Keep a service's answers, for `recap stitch` to go on with."""
+    from recap import pipeline
+    from recap.batch import read
+    from recap.config import load
+    found = read(load(config, overrides or [], pipeline.Experiment), answers)
+    print(", ".join(f"{found.counts[name]} {name}" for name in ("kept", "failed", "unknown", "malformed")))
+    if found.why:
+        print(f"the first that failed: {found.why}")
+
+
 def _add_stage(verb: str, summary: str) -> None:
     def command(config: ConfigFile, overrides: Overrides = None, redo: Redo = False) -> None:
         _run(verb, config, overrides, False, redo)
@@ -89,6 +127,15 @@ def compare(
     from recap import pipeline
     from recap.config import load
     run(load(config, overrides or [], pipeline.Experiment), downstream, redo)
+
+
+@app.command()
+def ablate(config: ConfigFile, overrides: Overrides = None, redo: Redo = False) -> None:
+    """What each expert is worth: captions stitched without it and from it alone, and captioners tuned on them."""
+    from eval.ablation import ablate as run
+    from recap import pipeline
+    from recap.config import load
+    run(load(config, overrides or [], pipeline.Experiment), redo)
 
 
 @app.command()

@@ -1,0 +1,107 @@
+"""The ablation: each expert left out, and alone; what the captions state, and what captioners learn from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import recap
+
+from eval.ablation import ablate, mixes_of
+from recap.config import load
+from recap.errors import UserError
+from recap.pipeline import Experiment
+
+
+def test_every_expert_is_left_out_and_stands_alone_and_no_mix_comes_twice() -> None:
+    assert mixes_of(["detr", "alt_text"]) == {
+        "all": ["detr", "alt_text"], "without-detr": ["alt_text"], "without-alt_text": ["detr"]}
+    assert list(mixes_of(["a", "b", "c"])) == [
+        "all", "without-a", "without-b", "without-c", "only-a", "only-b", "only-c"]
+
+
+@pytest.fixture(scope="module")
+def experiment(world_shards: Path, world_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ablate") / "world.toml"
+    path.write_text(f'''
+runs = "{path.parent}/runs"
+styles.short = {{ prompt = "A short caption:", max_new_tokens = 8 }}
+styles.rich = {{ prompt = "A rich description:", max_new_tokens = 16 }}
+stitch.shards = "{world_shards}/train/*.tar"
+stitch.num_images = 12
+stitch.detr = {{ model = "{world_models}/detr", threshold = 0.01 }}
+captioner = {{ model = "{world_models}/blip2", dtype = "float32" }}
+finetune = {{ steps = 2, batch_size = 4, max_tokens = 64, lora.rank = 2 }}
+evaluate.judge = {{ target = "recap.world.judge:WorldJudge", model = "{world_models}/reader" }}
+[ablate]
+references = "{world_shards}/evaluation/*.tar"
+num_images = 6
+num_samples = 2
+kinds = {{ short = "reference-short", rich = "reference-rich" }}
+''')
+    return path
+
+
+@pytest.fixture(scope="module")
+def ablated(experiment: Path) -> tuple[Path, str]:
+    """Where the results are, and what was printed."""
+    done = recap("ablate", "-c", str(experiment))
+    assert done.returncode == 0, done.stderr
+    return experiment.parent / "runs" / "world" / "ablate", done.stdout
+
+
+def result(ablated: tuple[Path, str]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ablated[0] / "ablate.json").read_text())
+    return found
+
+
+def test_every_mix_has_figures_of_its_captions_and_of_its_captioner(ablated: tuple[Path, str]) -> None:
+    found = result(ablated)
+    assert list(found["mixes"]) == [row["name"] for row in found["stitched"]] == [
+        row["name"] for row in found["captioners"]] == ["all", "without-detr", "without-alt_text"]
+    for row in found["stitched"]:
+        assert row["images"] == 12 and list(row["styles"]) == ["short", "rich"]
+        for style in row["styles"].values():
+            low, high = style["metrics"]["facts_covered"]["ci"]
+            assert low <= style["metrics"]["facts_covered"]["value"] <= high
+            assert ("differences" in style) == (row["name"] != "all")
+    for row in found["captioners"]:
+        for style in row["styles"].values():
+            assert style["num_images"] == 6 and {"cider_d", "facts_covered"} <= set(style["metrics"])
+
+
+def test_who_saw_nothing_states_nothing(ablated: tuple[Path, str]) -> None:
+    of_alt_text = next(row for row in result(ablated)["stitched"] if row["name"] == "without-detr")
+    assert of_alt_text["styles"]["short"]["metrics"]["facts_covered"]["value"] == 0
+    short = (ablated[0] / "without-detr" / "stitch" / "imagefolder" / "metadata.jsonl").read_text().splitlines()
+    assert {json.loads(line)["short"] for line in short} == {"An image."}
+
+
+def test_the_experts_look_once_for_all_mixes(ablated: tuple[Path, str]) -> None:
+    facts = ablated[0].parent / "facts"
+    assert sorted(child.name for child in facts.iterdir()) == ["alt_text", "detr"]
+    assert not list(ablated[0].glob("*/facts"))
+
+
+def test_the_table_fits_a_terminal_and_the_page_shows_both(ablated: tuple[Path, str]) -> None:
+    assert all(len(line) <= 80 for line in ablated[1].splitlines() if not line.startswith("The page"))
+    assert "without-detr" in ablated[1] and "facts covered" in ablated[1]
+    page = (ablated[0] / "index.html").read_text()
+    assert "Experts: rich" in page and page.count("<article>") == 2
+
+
+def test_a_second_command_does_nothing_at_once(experiment: Path, ablated: tuple[Path, str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in ablated[0].rglob("*.safetensors")}
+    done = recap("ablate", "-c", str(experiment))
+    assert done.returncode == 0 and before
+    assert {path: path.stat().st_mtime_ns for path in ablated[0].rglob("*.safetensors")} == before
+    assert done.stdout == ablated[1]
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ('stitch.experts=["detr"]', "name two at least"), ("captioner.tuned=none", "leave finetune.dataset"),
+    ("ablate.references=none.tar", "ablate.references")])
+def test_what_cannot_be_ablated_is_one_clear_line(experiment: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ablate(load(experiment, [override, "name=other"], Experiment), redo=False)
+    assert not (experiment.parent / "runs" / "other").exists()
