@@ -53,12 +53,18 @@ def test_the_file_overrides_defaults_and_the_command_line_the_file(tmp_path: Pat
     ("", ("name=../up",), "name: String should match pattern"),
     ("", ("train",), "'train' is not an override: write table.key=value"),
     ("seeds = 3\n", ("seeds.a=1",), "seeds is a value, not a table"),
+    ("", ("stitch.llm.model.api_key=sk-1", "stitch.llm.model=x", "stitch.llm.model.api_key=sk-1"), "is a value, not"),
+    ("", ("stitch.llm.api_key=sk-1",), "unknown key stitch.llm.api_key"),
+    ("", ("stitch.llm.options={model='x'}",), "stitch.llm: options.model is set by recap"),
+    ("", ("stitch.llm.budget=3",), "stitch.llm: budget needs prompt_price and completion_price"),
+    ("", ("stitch.owlvit.tags_from=owlvit",), "stitch.owlvit: tags_from is owlvit itself"),
     ("a = [", (), "is not a TOML file"),
     ("[styles.short]\nmax_new_tokens = 3", (), "styles.short.prompt is missing"),
 ])
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, overrides: tuple[str, ...],
                                            expected: str) -> None:
-    assert expected in message(tmp_path, text, *overrides)
+    found = message(tmp_path, text, *overrides)
+    assert expected in found and "sk-1" not in found  # a key belongs into the environment, and not on the screen
 
 
 def test_a_file_that_is_not_there_is_said(tmp_path: Path) -> None:
