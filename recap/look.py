@@ -42,7 +42,7 @@ def run(stage: StageDir, name: str, tagger: Path | None, shards: list[str], conf
 
     Returns:
         `images_in`, `images_out`, `quarantined` (reason → number), `nothing_seen`; and of what this command looked at,
-        `images_per_second` and `waiting`, the share of the time in which the model waited for images.
+        `images_per_second` and `waiting_share`, of the time in which the model waited for images.
 
     Raises:
         UserError: no image could be used.
@@ -86,7 +86,7 @@ class Clock:
         """Images/s, and the share of time that was spent waiting; nothing where no image was looked at."""
         seconds = self.working + self.waiting
         return {"images_per_second": round(self.num_images / seconds, 2),
-                "waiting": round(self.waiting / seconds, 4)} if seconds else {}
+                "waiting_share": round(self.waiting / seconds, 4)} if seconds else {}
 
 
 @dataclass

@@ -74,8 +74,8 @@ def write_shard(path: Path, samples: list[Sample]) -> Path:
 
 
 def results(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())
-            if path.name not in ("log.jsonl", "config.json")}
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*"))
+            if path.is_file() and path.name not in ("log.jsonl", "config.json")}
 
 
 # --- what comes out ------------------------------------------------------------------------------------------------
