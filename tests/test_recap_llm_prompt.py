@@ -60,7 +60,8 @@ def test_the_users_own_prompt_is_sent(tmp_path: Path) -> None:
 
 
 def test_a_prompt_that_cannot_serve_is_one_clear_line(tmp_path: Path) -> None:
-    for content, message in ((b"\xff\xfe", "cannot read"), (b"Only short and long.", "says nothing of the style 'rich'")):
+    for content, message in ((b"\xff\xfe", "cannot read"),
+                             (b"Only short and long.", "says nothing of the style 'rich'")):
         (tmp_path / "mine.txt").write_bytes(content)
         with pytest.raises(UserError, match=rf"stitch\.llm\.prompt: .*{message}"):
             read_prompt(Llm(prompt=str(tmp_path / "mine.txt")), STYLES)
