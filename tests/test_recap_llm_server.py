@@ -342,6 +342,20 @@ def test_odd_answers_are_kept_as_text(tmp_path: Path) -> None:
     assert (answer.prompt_tokens, answer.completion_tokens) == (None, None)
 
 
+def test_answers_that_cannot_be_kept_are_one_clear_line(serve: Callable[..., Server], tmp_path: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "answers.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(UserError, match=r"answers\.sqlite can't be used"):
+        writer_of("http://127.0.0.1:9/v1", tmp_path)
+    (tmp_path / "answers.sqlite").unlink()
+    server = serve()
+    writer = writer_of(server.url, tmp_path)
+    writer.answers.file.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(UserError, match=r"database or disk is full"):
+        writer.prepare([scene(index) for index in range(400)], 400)
+    assert len(server.bodies) < 400
+
+
 # --- money, pace, keys ---------------------------------------------------------------------------------------------
 
 

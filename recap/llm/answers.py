@@ -7,9 +7,12 @@ at most the answers under way, and the next one knows which of them may have bee
 import hashlib
 import json
 import sqlite3
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from recap.errors import UserError
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
@@ -44,29 +47,30 @@ class Answers:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Every statement is its own transaction. In WAL mode none waits for the disk: a killed process loses nothing,
         # and a machine that loses its power the last answers.
+        self.path = path
         self.file = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
-        self.file.execute("PRAGMA journal_mode = WAL")
-        self.file.execute("PRAGMA synchronous = NORMAL")
-        self.file.execute(SCHEMA)
+        self._do("PRAGMA journal_mode = WAL")
+        self._do("PRAGMA synchronous = NORMAL")
+        self._do(SCHEMA)
 
     def get(self, key: str) -> Answer | None:
         """The answer to a request; None where there is none."""
-        row = self.file.execute("SELECT text, finish_reason, prompt_tokens, completion_tokens FROM requests "
-                                "WHERE key = ? AND text IS NOT NULL", [key]).fetchone()
+        row = self._do("SELECT text, finish_reason, prompt_tokens, completion_tokens FROM requests "
+                       "WHERE key = ? AND text IS NOT NULL", [key]).fetchone()
         return Answer(*row) if row else None
 
     def sending(self, key: str) -> None:
         """Called before a request is sent."""
-        self.file.execute("INSERT INTO requests (key, sent) VALUES (?, 1) "
-                          "ON CONFLICT DO UPDATE SET sent = sent + 1", [key])
+        self._do("INSERT INTO requests (key, sent) VALUES (?, 1) "
+                 "ON CONFLICT DO UPDATE SET sent = sent + 1", [key])
 
     def refused(self, key: str) -> None:
         """Called where the server would not serve it: that is not paid."""
-        self.file.execute("UPDATE requests SET sent = sent - 1 WHERE key = ? AND sent > 0", [key])
+        self._do("UPDATE requests SET sent = sent - 1 WHERE key = ? AND sent > 0", [key])
 
     def put(self, key: str, answer: Answer) -> None:
         """Keep an answer. A first one stays."""
-        self.file.execute(
+        self._do(
             "INSERT INTO requests VALUES (?, 1, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET text = excluded.text, "
             "finish_reason = excluded.finish_reason, prompt_tokens = excluded.prompt_tokens, "
             "completion_tokens = excluded.completion_tokens WHERE text IS NULL",
@@ -74,11 +78,19 @@ class Answers:
 
     def sent(self, key: str) -> int:
         """How often a request was sent and not refused. More than once: all but one may have been paid for nothing."""
-        row = self.file.execute("SELECT sent FROM requests WHERE key = ?", [key]).fetchone()
+        row = self._do("SELECT sent FROM requests WHERE key = ?", [key]).fetchone()
         return int(row[0]) if row else 0
 
     def close(self) -> None:
         self.file.close()
+
+    def _do(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Raises UserError where the file is full, damaged or none of ours: asking without it would be paying twice."""
+        try:
+            return self.file.execute(statement, values)
+        except sqlite3.Error as error:
+            raise UserError(f"{self.path} can't be used ({error}): make room, or move it away to begin anew and pay "
+                            "anew, and run the same command again") from error
 
 
 def key_of(body: Body) -> str:

@@ -58,7 +58,10 @@ class ServerWriter(ChatWriter):
         """
         with progress.bar("write", total) as bar:
             asking = Asking(self, bar)
-            asyncio.run(asking.all(scenes))
+            try:
+                asyncio.run(asking.all(scenes))
+            except ExceptionGroup as group:  # of one request or of several; one says it
+                raise group.exceptions[0] from None
         if asking.halt:
             raise UserError(asking.halt)
         return asking.meter.result()
