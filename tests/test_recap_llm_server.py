@@ -378,38 +378,51 @@ def test_a_server_that_does_not_count_tokens_is_taken_for_the_dearest(serve: Cal
     assert took["unmetered_answers"] == 1 and took["cost"] == pytest.approx(1024 * 10 / 1e6)
 
 
-def test_no_request_comes_faster_than_allowed(serve: Callable[..., Server], tmp_path: Path) -> None:
-    times: list[float] = []
+class Clock:
+    """A clock that only sleeping moves on; `asleep` is called once, in the next sleep."""
 
-    def reply(body: dict[str, Any]) -> Reply:
-        times.append(time.monotonic())
-        time.sleep(0.1)
-        return good(body)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        self.asleep: Callable[[], None] | None = None
+        monkeypatch.setattr("recap.llm.server.asyncio.sleep", self.sleep)
 
-    server = serve(reply)
-    written(writer_of(server.url, tmp_path, requests_per_minute=3000), [scene(index) for index in range(100)])
-    for start in range(100 - 50):  # 50 a second, and a quarter of a second's worth after a delay
-        assert times[start + 50] - times[start] > 0.7
+    def __call__(self) -> float:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        if self.asleep:
+            then, self.asleep = self.asleep, None
+            then()
+        self.now += seconds
 
 
-def test_a_pause_that_a_server_asks_for_holds_for_all() -> None:
-    async def turns() -> list[float]:
-        pace, started = Pace(6000), time.monotonic()
-
-        async def take() -> float:
+def turns(pace: Pace, clock: Clock, number: int) -> list[float]:
+    """When that many turns are, in seconds from the beginning."""
+    async def take() -> list[float]:
+        found = []
+        for _ in range(number):
             await pace.turn()
-            return time.monotonic() - started
+            found.append(clock.now - 100)
+        return found
+    return asyncio.run(take())
 
-        waiting = [asyncio.create_task(take()) for _ in range(20)]
-        await asyncio.sleep(0.055)
-        pace.pause(0.5)
-        return await asyncio.gather(*waiting)
 
-    found = sorted(asyncio.run(turns()))
-    early = [at for at in found if at < 0.5]
-    assert 4 <= len(early) <= 8 and max(early) < 0.1
-    after = [at for at in found if at >= 0.5]
-    assert after[-1] - after[0] > 0.009 * (len(after) - 1)  # one after the other, not all at once
+def test_no_request_comes_faster_than_allowed_and_little_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    pace = Pace(600, clock)
+    assert turns(pace, clock, 4) == pytest.approx([0, 0.1, 0.2, 0.3])
+    clock.now += 10
+    assert turns(pace, clock, 5) == pytest.approx([10.3, 10.3, 10.3, 10.35, 10.45])  # a quarter of a second's worth
+
+
+def test_a_pause_that_a_server_asks_for_holds_for_all_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    pace = Pace(600, clock)
+    assert turns(pace, clock, 2) == pytest.approx([0, 0.1])
+    clock.asleep = lambda: pace.pause(5)  # while the next one waits for its turn
+    assert turns(pace, clock, 3) == pytest.approx([5.1, 5.2, 5.3])  # one after the other, not all at once
+    pace.pause(0)
+    assert turns(pace, clock, 1) == pytest.approx([5.4])
 
 
 def test_a_key_goes_to_the_server_and_nowhere_else(
