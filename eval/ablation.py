@@ -57,7 +57,7 @@ def ablate(exp: Experiment, redo: bool) -> None:
     stitched = {name: plan.stitch(experts, f"ablate/{name}/stitch") for name, experts in mixes.items()}
     contestants = [_contestant(exp, name, out, config) for name in mixes]
     _check(exp, [*stitched.values()], contestants[0])
-    pipeline.look(exp)
+    pipeline.look(exp, redo)
     with lock(plan.root):
         for name, stage in stitched.items():
             pipeline.do(stage, f"stitch {name}", redo)
@@ -109,11 +109,11 @@ def _references(config: Ablate) -> Inputs:
 
 def _unseen(exp: Experiment, config: Ablate) -> Unseen:
     kinds = {style: config.kinds.get(style, style) for style in exp.styles}
-    styles = {kind: style for style, kind in kinds.items()}
 
     def images(folder: Path) -> list[CaptionedImage]:
         found, _ = read_shards(_references(config).urls, kinds.values())
-        return [replace(image, captions=tuple((styles[kind], text) for kind, text in image.captions))
+        return [replace(image, captions=tuple(
+            (style, text) for style, kind in kinds.items() for of, text in image.captions if of == kind))
                 for image in found[:config.num_images]]
 
     return Unseen(lambda: {"references": _references(config).identity, "kinds": kinds,
@@ -141,7 +141,8 @@ def stitched_figures(exp: Experiment, stitched: dict[str, Stage]) -> list[dict[s
                                          for key, each in measures.items()}}
             if name != ALL:
                 styles[style]["differences"] = {key: difference(each, measured[ALL][style][key], SEED)
-                                                for key, each in measures.items() if key in FACTS}
+                                                for key, each in measures.items()
+                                                if key in FACTS and key in measured[ALL][style]}
         result = stitched[name].dir.result()
         rows.append({"name": name, "images": result["images_out"], "styles": styles,
                      "ungrounded": result["ungrounded"] / result["images_out"] if "ungrounded" in result else None})
@@ -186,7 +187,7 @@ def _line(stitched: dict[str, Any], captioner: dict[str, Any], style: str) -> st
 
 
 def _figure(metric: dict[str, Any] | None, apart: dict[str, Any] | None) -> str:
-    if metric is None:
+    if metric is None or metric["ci"] is None:
         return "– "
     low, high = metric["ci"]
     star = "*" if apart and apart["verdict"] != "can't tell" else " "

@@ -188,17 +188,18 @@ def _refuse_or_clear(stage: Stage, redo: bool) -> None:
     stage.dir.clear()
 
 
-def look(exp: Experiment) -> tuple[list[str], dict[str, Path]]:
+def look(exp: Experiment, redo: bool = False) -> tuple[list[str], dict[str, Path]]:
     """Have the experts look at the images to stitch captions of, as far as they have not.
 
     Returns:
         The shards of the images; and expert → the folder of its facts.
     """
+    check_names(exp.stitch.experts)
     plan = Plan(exp)
     looks = {name: plan.look(name) for name in exp.stitch.experts}
     with lock(plan.root):
         for stage in _upstream(looks.values()):
-            do(stage, _label(exp, stage), redo=False)
+            do(stage, _label(exp, stage), redo)
     return plan.shards(exp.stitch.shards, "stitch.shards").urls, {name: stage.path for name, stage in looks.items()}
 
 
@@ -279,7 +280,7 @@ class Plan:
 
         def reads() -> dict[str, Any]:
             return {"writer": config.writer, "styles": list(exp.styles), "llm": self._llm(),
-                    "facts": {name: look.dir.fingerprint for name, look in looks.items()}}
+                    "facts": [[name, look.dir.fingerprint] for name, look in looks.items()]}  # their order counts
 
         return self._stage("stitch", folder, "recap.stitch:run", looks.values(), reads, lambda: (
             inputs.urls, config, list(exp.styles), {name: look.path for name, look in looks.items()},
