@@ -1,6 +1,9 @@
 """Stitched shards → a Hugging Face imagefolder beside them: images, metadata.jsonl, and a data card.
 
-load_dataset("imagefolder", data_dir="runs/NAME/stitch/imagefolder")
+    load_dataset("runs/NAME/stitch/imagefolder")
+
+The card says that all of it is one split. Without that, datasets takes a shard named train-00000, or a key with "test"
+in it, for a split, and drops the captions.
 """
 
 import hashlib
@@ -98,7 +101,8 @@ def card(counted: dict[str, Style], about: dict[str, Any]) -> str:
     result, experts, writer = about["result"], about["experts"], about["writer"]
     who = "a template" if writer["name"] == "template" else f"the chat model `{writer['model']}`"
     parts = [
-        "---\nlanguage: en\ntask_categories:\n- image-to-text\n- text-to-image\ntags:\n- stitched-captions\n---",
+        "---\nlanguage: en\ntask_categories:\n- image-to-text\n- text-to-image\ntags:\n- stitched-captions\n"
+        "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: \"**\"\n---",
         "# Stitched captions",
         f"{result['images_out']:,} images, with captions in the styles {', '.join(counted)} that {who} wrote from "
         f"what {_number(len(experts))} found in each. Nobody has read them: they hold these models' errors.",

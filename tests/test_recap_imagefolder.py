@@ -32,8 +32,8 @@ def picture(colour: str, kind: str = "JPEG") -> bytes:
 
 def write(out: Path, about: dict[str, Any] = ABOUT) -> list[dict[str, Any]]:
     """Two shards that share a key, one of them with odd keys; the rows of the folder's metadata."""
-    shards = {"00000": [("000", "jpg", "red"), ("a/b ü%", "png", "green")], "00001": [("000", "JPG", "blue"),
-                                                                                     ("k" * 300, "jpg", "white")]}
+    shards = {"train-0": [("000", "jpg", "red"), ("a/b ü% test", "png", "green")],
+              "test-0": [("000", "JPG", "blue"), ("k" * 300, "jpg", "white")]}
     paths = []
     for shard, samples in shards.items():
         paths.append(out.parent / f"{shard}.tar")
@@ -52,7 +52,7 @@ def test_every_image_is_there_with_its_captions(tmp_path: Path) -> None:
     rows = write(tmp_path / "imagefolder")
     assert [row["short"] for row in rows] == [f"A {colour} wall." for colour in ("red", "green", "blue", "white")]
     assert [row["alt"] for row in rows] == ["alt red", "alt green", "alt blue", "alt white"]
-    assert rows[0]["file_name"] == "00000/000.jpg" and rows[2]["file_name"] == "00001/000.jpg"
+    assert rows[0]["file_name"] == "train-0/000.jpg" and rows[2]["file_name"] == "test-0/000.jpg"
     assert len({row["file_name"] for row in rows}) == 4
     for row, colour in zip(rows, ("red", "green", "blue", "white"), strict=True):
         data = (tmp_path / "imagefolder" / row["file_name"]).read_bytes()
@@ -62,8 +62,7 @@ def test_every_image_is_there_with_its_captions(tmp_path: Path) -> None:
 def test_datasets_reads_it(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     write(tmp_path / "imagefolder")
-    found = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "imagefolder"), split="train",
-                                  cache_dir=str(tmp_path / "cache"))
+    found = datasets.load_dataset(str(tmp_path / "imagefolder"), split="train", cache_dir=str(tmp_path / "cache"))
     assert sorted(found["short"]) == sorted(f"A {colour} wall." for colour in ("red", "green", "blue", "white"))
     assert {"image", "short", "rich", "alt"} <= set(found.column_names)
     assert found[0]["image"].size == (8, 8)
