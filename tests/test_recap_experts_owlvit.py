@@ -1,6 +1,5 @@
 """OWL-ViT: what is asked for in words, with boxes in pixels of the upright original, the same in a batch as alone."""
 
-import copy
 import functools
 import io
 import json
@@ -50,7 +49,7 @@ def save(folder: Path, config: Any, model: Any, image_processor: Any, processor:
         torch.nn.init.normal_(weight, std=0.3)
     made.save_pretrained(folder)
     size = {"height": SIDE, "width": SIDE}
-    tokenizer = copy.deepcopy(clip_tokenizer())
+    tokenizer = clip_tokenizer.__wrapped__()  # the shared one saves its last truncation, too
     tokenizer.model_max_length = 16
     processor(image_processor(size=size), tokenizer).save_pretrained(folder)
     return folder
