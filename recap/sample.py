@@ -5,6 +5,8 @@ import json
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -118,18 +120,32 @@ def decode_image(data: bytes) -> Image.Image:
     Raises:
         BadSample: `undecodable_image`, or `oversized_image` above MAX_IMAGE_PIXELS (a decompression bomb).
     """
+    with _malformed():
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise BadSample("oversized_image", f"{image.width}×{image.height} pixels")
+        image.load()
+        return _on_white(_upright(image))
+
+
+def count_pixels(data: bytes) -> int:
+    """How many an encoded image says it has; `BadSample` where it says nothing."""
+    with _malformed():
+        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+        return image.width * image.height
+
+
+@contextmanager
+def _malformed() -> Iterator[None]:
+    """What Pillow raises on malformed bytes, as `BadSample`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and ICC data; the pixels decide
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise BadSample("oversized_image", f"{image.width}×{image.height} pixels")
-            image.load()
-            return _on_white(_upright(image))
+            yield
     except Image.DecompressionBombError as error:
         raise BadSample("oversized_image", str(error)) from error
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
-            MemoryError, struct.error, zlib.error) as error:  # what Pillow raises on malformed bytes
+            MemoryError, struct.error, zlib.error) as error:
         raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from error
 
 

@@ -18,7 +18,7 @@ from recap import progress
 from recap.config import Data
 from recap.errors import BadSample
 from recap.rundir import StageDir
-from recap.sample import Sample
+from recap.sample import Sample, count_pixels
 from recap.shards import Reject, read_shard, shard_name, write_json, write_rejects
 
 Stats = dict[str, Any]
@@ -28,6 +28,8 @@ Out = TypeVar("Out")
 NUM_DECODERS = min(8, os.cpu_count() or 1)
 MAX_BATCH_PIXELS = 200_000_000
 """Decoded images of a batch hold 3 bytes a pixel: a shard of huge ones must not fill the memory."""
+LARGE_PIXELS = 32_000_000
+"""An image of more is large; to decode one takes up to 15 bytes a pixel."""
 
 
 def batches(shard: str, size: int, data: Data, rejects: list[Reject],
@@ -35,11 +37,15 @@ def batches(shard: str, size: int, data: Data, rejects: list[Reject],
     """The first `limit` usable samples of a shard with their images, in batches; what comes after does not count.
 
     Batches are formed within the shard, in file order, so that no result depends on rank or interruption. Images are
-    decoded in threads, some ahead of those that are asked for.
+    decoded in threads, some ahead of those that are asked for; large ones each in its turn, so that the memory holds no
+    more of them than a batch does.
     """
     batch: list[Decoded] = []
     given = 0
-    for faults, decoded in ahead(lambda read: _decode(*read, data), _read(shard), NUM_DECODERS):
+    read_ahead = ahead(lambda read: (read, None if _is_large(read[1]) else _decode(*read, data)), _read(shard),
+                       NUM_DECODERS)
+    for read, done in read_ahead:
+        faults, decoded = done or _decode(*read, data)
         rejects += faults
         if decoded is None:
             continue
@@ -62,6 +68,13 @@ def _read(shard: str) -> Iterator[tuple[list[Reject], Sample | None]]:
         yield rejects.copy(), sample
         rejects.clear()
     yield rejects, None
+
+
+def _is_large(sample: Sample | None) -> bool:
+    try:
+        return sample is not None and count_pixels(sample.image_bytes) > LARGE_PIXELS
+    except BadSample:
+        return False
 
 
 def _decode(rejects: list[Reject], sample: Sample | None, data: Data) -> tuple[list[Reject], Decoded | None]:
