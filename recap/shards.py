@@ -46,8 +46,8 @@ def expand(patterns: str | Iterable[str], where: str = "data.shards") -> list[st
     """Patterns → the shards they name, each once, in order. Braces (`{00000..00009}`) and globs; local paths or URLs.
 
     Raises:
-        UserError: a pattern that names nothing, a file that is not there, or two shards of one name (outputs and
-            seeds go by the name).
+        UserError: a pattern that names nothing, a file that is not there, a shard without a name of its own (`.tar`),
+            or two of one name (outputs and seeds go by the name).
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
@@ -55,6 +55,8 @@ def expand(patterns: str | Iterable[str], where: str = "data.shards") -> list[st
     urls = [url for pattern in patterns for url in _expand_one(pattern, where)]
     by_name: dict[str, str] = {}
     for url in urls:
+        if shard_name(url) in ("", ".", ".."):
+            raise UserError(f"{where}: {url} has no name before its .tar, by which what is made of it goes: rename it")
         other = by_name.setdefault(shard_name(url), url)
         if other != url:
             raise UserError(f"{where}: {other} and {url} share the name {shard_name(url)!r}: rename one of them")

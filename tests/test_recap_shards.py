@@ -185,6 +185,13 @@ def test_two_shards_of_one_name_are_refused(tmp_path: Path) -> None:
         expand(f"{tmp_path}/*/00000.tar")
 
 
+@pytest.mark.parametrize("name", [".tar", "..tar", "...tar"])
+def test_a_shard_without_a_name_of_its_own_is_refused(tmp_path: Path, name: str) -> None:
+    make_tar(tmp_path / name, [])
+    with pytest.raises(UserError, match="has no name before its"):
+        expand(f"{tmp_path}/{name}")
+
+
 def test_remote_shards_are_read_and_written_through_fsspec() -> None:
     with ShardWriter("memory://bucket/00000.tar") as writer:
         writer.write(Sample("00000", "1", {"jpg": b"x"}))
