@@ -115,6 +115,11 @@ class Looked:
     @classmethod
     def read(cls, shard: str, looked: dict[str, Path]) -> "Looked":
         files = {name: read_facts(file) for name, file in zip(looked, _files(shard, looked), strict=True)}
+        (first, (images, _)), *others = files.items()
+        for name, (found, _) in others:
+            if list(found) != list(images):
+                raise UserError(f"stitch: {looked[first]} and {looked[name]} are facts of different images of {shard}: "
+                                "delete both folders and run the same command")
         return cls({name: found for name, (found, _) in files.items()},
                    {name: provenance for name, (_, provenance) in files.items()})
 

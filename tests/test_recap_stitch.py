@@ -16,7 +16,7 @@ from recap.config import Data
 from recap.config.stitch import Detr, Stitch
 from recap.errors import UserError
 from recap.experts.detr import DetrExpert
-from recap.facts import read_facts
+from recap.facts import read_facts, write_facts
 from recap.rundir import StageDir
 from recap.sample import Sample
 from recap.shards import ShardWriter, read_shard
@@ -169,6 +169,16 @@ def test_a_new_mix_of_experts_looks_at_nothing_again(stitch: Stitching, shards: 
     stitch(tmp_path / "one", shards[1:], experts=["detr"])
     facts = json.loads(read(tmp_path / "one/00001.tar")[0].members["facts.json"])
     assert list(facts["experts"]) == ["detr"]
+
+
+def test_facts_of_different_images_are_not_put_together(stitch: Stitching, shards: list[Path], tmp_path: Path) -> None:
+    stitch(tmp_path / "out", shards[1:])
+    file = facts_of(tmp_path / "out", "alt_text") / "00001.parquet"
+    found, provenance = read_facts(file)
+    write_facts(file, list(found.values())[1:], provenance)
+    (tmp_path / "out" / "00001_stats.json").unlink()
+    with pytest.raises(UserError, match=r"facts of different images of .*00001\.tar: delete both"):
+        stitch(tmp_path / "out", shards[1:])
 
 
 def test_real_photos(stitch: Stitching, shared_data: Path, tmp_path: Path) -> None:
