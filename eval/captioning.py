@@ -16,7 +16,7 @@ from recap.caption_sets import CaptionedImage
 from recap.captioners import Captioner, Tunable, open_captioner
 from recap.config.finetune import Augment
 from recap.pairs import Pair, open_image
-from recap.pipeline import Experiment, Plan, Stage, given_tuned
+from recap.pipeline import Experiment, Plan, Stage, captioner_checkpoint, given_tuned
 from recap.rundir import StageDir
 from recap.shards import write_json
 
@@ -58,7 +58,7 @@ class Contestant:
 
         def reads() -> dict[str, Any]:
             return {"tuned": finetune.dir.fingerprint if finetune else given_tuned(exp.captioner)[1],
-                    "captioner": exp.captioner.own(), "checkpoint": plan.finetune(None).reads()["checkpoint"],
+                    "captioner": exp.captioner.own(), "checkpoint": captioner_checkpoint(exp.captioner),
                     "styles": exp.styles, **self.unseen.reads()}
 
         def work(stage: StageDir) -> dict[str, Any]:

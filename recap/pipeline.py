@@ -30,10 +30,10 @@ from recap.caption_sets import places
 from recap.config import DEFAULT_STYLES, Data, Model, Name, Relabel, RunName, Style, Table
 from recap.config.captioner import Captioner, Part
 from recap.config.finetune import Dataset, Finetune
-from recap.config.stitch import Stitch
+from recap.config.stitch import ClipTags, Ram, Stitch, Tag2text
 from recap.config.sweep import Sweep
 from recap.errors import UserError
-from recap.experts import check_names
+from recap.experts.settings import check_names, check_settings, read_tags
 from recap.llm.prompt import read_prompt
 from recap.rundir import StageDir, digest, folder_identity, lock
 from recap.shards import expand, identity
@@ -260,6 +260,7 @@ class Plan:
         exp, config = self.exp, self.exp.stitch
         inputs = self.shards(config.shards, "stitch.shards")
         check_names([expert])
+        check_settings(expert, config)
         own = getattr(config, expert, None)
         tags_from = config.tagger(expert)
         tagger = self.look(tags_from) if tags_from else None
@@ -305,7 +306,7 @@ class Plan:
                 # How captions are decoded, only validation sees.
                 "finetune": config.model_dump(exclude={"num_workers"}),
                 "styles": exp.styles if config.validation.is_on else prompts,
-                "captioner": exp.captioner.own(), "checkpoint": _captioner_checkpoint(exp.captioner),
+                "captioner": exp.captioner.own(), "checkpoint": captioner_checkpoint(exp.captioner),
                 "inputs": stitch.dir.fingerprint if stitch else inputs.identity if inputs else _dataset(config.dataset),
                 "held_out": Inputs(held_out, "finetune.validation.shards").identity if held_out else
                 _dataset(config.validation.dataset),
@@ -320,7 +321,7 @@ class Plan:
         return self._stage("relabel", "relabel", "recap.relabel:run", [finetune], lambda: {
             "relabel": exp.relabel, "styles": exp.styles, "captioner": exp.captioner.own(),
             "alt_text": exp.data.alt_text, "inputs": inputs.identity,
-            "checkpoint": _captioner_checkpoint(exp.captioner),
+            "checkpoint": captioner_checkpoint(exp.captioner),
             "tuned": finetune.dir.fingerprint if finetune else given_tuned(exp.captioner)[1],
         }, lambda: (inputs.urls, exp.captioner, _tuned(finetune) or given_tuned(exp.captioner)[0], exp.styles,
                     exp.relabel, exp.data, self.device))
@@ -428,12 +429,13 @@ def _checkpoint(ref: Model, where: str) -> Any:
 def _expert_files(own: Any, where: str) -> dict[str, Any]:
     """Identity of what an expert's table names: its checkpoint, its list of tags."""
     found = {"model": _checkpoint(own, where)} if isinstance(own, Model) else {}
-    for key in ("checkpoint", "tags"):
-        path = getattr(own, key, None)
-        if path and not Path(path).expanduser().is_file():
-            raise UserError(f"{where}.{key}: no file at {path}: check the path")
-        if path:
-            found[key] = identity(str(Path(path).expanduser()))
+    if isinstance(own, ClipTags):
+        found["tags"] = digest(read_tags(own))
+    if isinstance(own, Ram | Tag2text):
+        path = Path(own.checkpoint).expanduser()
+        if not path.is_file():
+            raise UserError(f"{where}.checkpoint: no file at {path}: check the path")
+        found["checkpoint"] = identity(str(path))
     return found
 
 
@@ -456,7 +458,7 @@ def _upstream(stages: Iterable[Stage]) -> list[Stage]:
     return list(found.values())
 
 
-def _captioner_checkpoint(captioner: Captioner) -> Any:
+def captioner_checkpoint(captioner: Captioner) -> Any:
     """Identity of a captioner's checkpoint, or of the parts that it is put together from."""
     found = {"model": _checkpoint(captioner, "captioner")} if captioner.model and not captioner.server else {}
     return found | {where: _checkpoint(Part.of(name), where) for where, name in captioner.parts().items()}

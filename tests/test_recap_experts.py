@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from recap.config.stitch import Detr, Stitch
+from recap.config.stitch import Detr, Owlvit, Stitch
 from recap.errors import UserError
-from recap.experts import Expert, View, check_names, open_expert
+from recap.experts import Expert, View, open_expert
 from recap.experts.detr import DetrExpert
+from recap.experts.settings import check_names, check_settings
 from recap.facts import Facts, Sentence
 from recap.sample import decode_image
 from recap.world.scene import draw_scene, render
@@ -118,6 +119,19 @@ def test_experts_open_by_their_names_and_look(world_models: Path) -> None:
 def test_an_unknown_expert_is_named_with_the_nearest(experts: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_names(experts)
+
+
+@pytest.mark.parametrize(("name", "config", "message"), [
+    ("ram", Stitch(), r"^stitch\.ram\.checkpoint is not set: name the \.pth file"),
+    ("tag2text", Stitch(), r"^stitch\.tag2text\.checkpoint is not set"),
+    ("owlvit", Stitch(), r"^stitch\.owlvit: nothing says what to look for: set queries or tags_from"),
+    ("owlvit", Stitch(owlvit=Owlvit(queries=[" "])), r"^stitch\.owlvit: nothing says what to look for"),
+    ("owlvit", Stitch(owlvit=Owlvit(tags_from="dert")), r"^stitch\.owlvit\.tags_from: .*did you mean 'detr'"),
+    ("owlvit", Stitch(owlvit=Owlvit(tags_from="alt_text")), r"^stitch\.owlvit\.tags_from: alt_text names nothing")])
+def test_settings_that_cannot_be_right_are_found_before_anything_is_opened(name: str, config: Stitch,
+                                                                           message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_settings(name, config)
 
 
 def test_a_checkpoint_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 from recap.clip_bpe import VOCAB_SIZE, clip_tokenizer
 from recap.config.stitch import Owlvit, Stitch
 from recap.errors import UserError
-from recap.experts import View, open_expert
+from recap.experts import View
 from recap.experts.owlvit import MAX_QUERIES, OwlvitExpert, _facts, label_of
 from recap.facts import Facts
 from recap.sample import decode_image
@@ -228,11 +228,6 @@ def test_tags_that_are_too_long_or_too_many_are_left_out(folder: Path) -> None:
 
 
 # --- opening -------------------------------------------------------------------------------------------------------
-
-
-def test_nothing_to_look_for_is_said_to_be_so(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"^stitch\.owlvit: .* set queries or tags_from"):
-        open_expert("owlvit", Stitch(owlvit=Owlvit(model=str(folder), queries=[" "])), "cpu")
 
 
 def test_a_query_longer_than_the_model_reads_is_refused(folder: Path) -> None:

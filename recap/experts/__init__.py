@@ -5,7 +5,6 @@ that it does. To add one, write the file, give it a line in REGISTRY, and its ta
 `recap.config.stitch`.
 """
 
-import difflib
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Protocol
@@ -13,7 +12,6 @@ from typing import Any, Protocol
 from PIL import Image
 
 from recap.config.stitch import Stitch
-from recap.errors import UserError
 from recap.facts import Facts
 
 REGISTRY = {
@@ -64,16 +62,3 @@ def open_expert(name: str, config: Stitch, device: str) -> Expert:
     module, attribute = REGISTRY[name].split(":")
     expert: Expert = getattr(import_module(module), attribute)(config, device)
     return expert
-
-
-def check_names(names: list[str]) -> None:
-    """Raises UserError where no expert is named, one is named twice, or one is not known."""
-    if not names:
-        raise UserError(f"stitch.experts is empty: name at least one of {', '.join(REGISTRY)}")
-    for place, name in enumerate(names):
-        if name not in REGISTRY:
-            near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(REGISTRY)}"
-            raise UserError(f"stitch.experts: there is no expert {name!r}: {hint}")
-        if name in names[:place]:
-            raise UserError(f"stitch.experts: {name!r} is named twice: name it once")

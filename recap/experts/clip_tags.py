@@ -1,6 +1,5 @@
 """CLIP as a tagger (Radford et al. 2021, arXiv 2103.00020, section 3.1): which of a list of tags fit an image best."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,11 @@ from recap.config.stitch import ClipTags, Stitch
 from recap.errors import UserError
 from recap.experts import View
 from recap.experts.checkpoint import provenance
+from recap.experts.settings import read_tags
 from recap.facts import Facts, Tag
 from recap.rundir import digest
 
 WHERE = "stitch.clip_tags"
-OUR_TAGS = Path(__file__).with_name("tags.txt")
-MAX_LIST = 20_000
-"""Tags in a list. The words of English that name something visible are fewer."""
 
 
 class ClipTagsExpert:
@@ -31,7 +28,7 @@ class ClipTagsExpert:
 
     def __init__(self, config: Stitch, device: str) -> None:
         ref = config.clip_tags
-        self.tags = read_tags(Path(ref.tags).expanduser() if ref.tags else OUR_TAGS)
+        self.tags = read_tags(ref)
         self.threshold, self.max_tags = ref.threshold, ref.max_tags
         self.provenance: dict[str, Any] = provenance(ref, WHERE) | {"num_tags": len(self.tags),
                                                                     "list": digest(self.tags)}
@@ -51,23 +48,6 @@ class ClipTagsExpert:
         best = np.argsort(-shares, kind="stable")[:self.max_tags]
         return Facts(tags=[Tag(self.tags[place], round(float(shares[place]), 4)) for place in best
                            if shares[place] >= self.threshold])
-
-
-def read_tags(path: Path) -> list[str]:
-    """The tags in a file, one on each line, each once; what follows a # is a comment.
-
-    Raises:
-        UserError: the file is not there or not text, or it has fewer than two tags or more than MAX_LIST.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{WHERE}.tags: cannot read {path}: give a text file in UTF-8, a tag on each line ({error})"
-                        ) from error
-    tags = list(dict.fromkeys(tag for line in lines if (tag := line.partition("#")[0].strip())))
-    if not 2 <= len(tags) <= MAX_LIST:
-        raise UserError(f"{WHERE}.tags: {path} has {len(tags)} tags: write 2 to {MAX_LIST}, one on each line")
-    return tags
 
 
 def _open(ref: ClipTags, device: str) -> ClipScorer:

@@ -47,8 +47,6 @@ class OwlvitExpert:
     def __init__(self, config: Stitch, device: str) -> None:
         ref = config.owlvit
         self.queries = {label: query for query in ref.queries if (label := label_of(query))}
-        if not self.queries and not ref.tags_from:
-            raise UserError(f"{WHERE}: nothing says what to look for: set queries or tags_from")
         self.provenance: dict[str, Any] = provenance(ref, WHERE)
         self.threshold = ref.threshold
         found, _ = load_pretrained(OwlViTForObjectDetection.config_class.get_config_dict, ref, WHERE)

@@ -15,10 +15,10 @@ import torch
 from recap.config.stitch import Ram, Tag2text
 from recap.errors import UserError
 from recap.experts import View
+from recap.experts.settings import RAM_PACKAGE
 from recap.facts import Tag
 from recap.rundir import hash_file
 
-PACKAGE = "https://github.com/xinyu1205/recognize-anything"
 SAFE, UNSAFE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 SEPARATOR = " | "
 OLD_NAMES = ("vision_multi", "tagging_head")
@@ -91,8 +91,6 @@ class RecognizeAnything:
 
 def _file(checkpoint: str, where: str) -> Path:
     path = Path(checkpoint).expanduser()
-    if not checkpoint:
-        raise UserError(f"{where}.checkpoint is not set: name the .pth file, which {PACKAGE} says where to get")
     if not path.is_file():
         raise UserError(f"{where}.checkpoint: no file at {path}: check the path")
     return path
@@ -117,7 +115,7 @@ def _import(kind: str, where: str) -> tuple[Any, Any]:
         return getattr(ram.models, kind), ram.get_transform
     except (ImportError, AttributeError) as error:
         raise UserError(f"{where} needs the package ram of recognize-anything, and it cannot be imported "
-                        f"({_one_line(error)}): pip install git+{PACKAGE} fairscale, in an environment with "
+                        f"({_one_line(error)}): pip install git+{RAM_PACKAGE} fairscale, in an environment with "
                         "'transformers<4.50', which it is written for") from error
 
 
