@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 
 from eval.caption_measures import Measure, difference, intervals
-from eval.captioner_scores import FACTS, facts_of, score, with_share
+from eval.captioner_scores import FACTS, adjust, facts_of, score, with_share
 from eval.captioner_table import page
 from eval.captioning import Contestant, Unseen
 from eval.config import Ablate
-from eval.judge import find_judge, open_judge
+from eval.judge import Judge, find_judge, open_judge
 from recap import pipeline, progress
-from recap.caption_sets import CaptionedImage, read_shards
+from recap.caption_sets import read_shards
+from recap.config.stitch import Stitch
 from recap.errors import UserError
-from recap.pipeline import Experiment, Inputs, Plan, Stage
+from recap.pairs import usable
+from recap.pipeline import Experiment, Inputs, Plan, Stage, captioner_checkpoint
 from recap.rundir import lock
 from recap.shards import read_shard, write_bytes, write_json
 from recap.variants import variant
@@ -32,10 +34,16 @@ SEED = 0
 ALL = "all"
 
 
-def mixes_of(experts: list[str]) -> dict[str, list[str]]:
-    """Name → experts: all of them, without each, each alone; none twice."""
+def mixes_of(config: Stitch) -> dict[str, list[str]]:
+    """Name → experts: all of them, without each, each alone; none twice.
+
+    Without an expert goes also the one that looks for what it names, as the name says: `without-ram-owlvit`.
+    """
+    experts = config.experts
     named = {ALL: experts}
-    named |= {f"without-{name}": [other for other in experts if other != name] for name in experts}
+    for name in experts:
+        gone = [name, *(other for other in experts if config.tagger(other) == name)]
+        named[f"without-{'-'.join(gone)}"] = [other for other in experts if other not in gone]
     named |= {f"only-{name}": [name] for name in experts}
     found: dict[str, list[str]] = {}
     for name, mix in named.items():
@@ -52,11 +60,12 @@ def ablate(exp: Experiment, redo: bool) -> None:
     """
     config = _table_of(exp)
     out = Path(exp.runs) / exp.name / "ablate"
-    mixes = mixes_of(exp.stitch.experts)
+    mixes = mixes_of(exp.stitch)
     plan = Plan(exp)
     stitched = {name: plan.stitch(experts, f"ablate/{name}/stitch") for name, experts in mixes.items()}
-    contestants = [_contestant(exp, name, out, config) for name in mixes]
-    _check(exp, [*stitched.values()], contestants[0])
+    _check(exp, config, [*stitched.values()])
+    unseen = _unseen(exp, config, out)
+    contestants = [_contestant(exp, name, out, unseen) for name in mixes]
     pipeline.look(exp, redo)
     with lock(plan.root):
         for name, stage in stitched.items():
@@ -88,36 +97,51 @@ def _table_of(exp: Experiment) -> Ablate:
     return exp.ablate
 
 
-def _check(exp: Experiment, stitched: list[Stage], contestant: Contestant) -> None:
+def _check(exp: Experiment, config: Ablate, stitched: list[Stage]) -> None:
     """Say what is missing now, not after hours."""
     for stage in stitched:
         stage.dir  # noqa: B018  (looks whether checkpoints and inputs are there)
-    contestant.unseen.reads()
+    captioner_checkpoint(exp.captioner)
     if exp.evaluate.judge:
         find_judge(exp.evaluate.judge)
+    if unknown := sorted(set(config.kinds) - set(exp.styles)):
+        raise UserError(f"ablate.kinds.{unknown[0]}: there is no [styles.{unknown[0]}], only {', '.join(exp.styles)}")
+    learned = set(Plan(exp).shards(exp.stitch.shards, "stitch.shards").urls)
+    if both := sorted(learned & set(_references(config).urls)):
+        raise UserError(f"ablate.references: captioners learn from {both[0]}, which stitch.shards names, too: name "
+                        "shards of other images")
 
 
-def _contestant(exp: Experiment, name: str, out: Path, config: Ablate) -> Contestant:
+def _contestant(exp: Experiment, name: str, out: Path, unseen: Unseen) -> Contestant:
     """The captioner that learns from one mix."""
     own = variant(exp, name, out, {"finetune": {"shards": str(out / name / "stitch" / "*.tar")}}, f"ablate: {name}")
-    return Contestant(name, own, _unseen(exp, config))
+    return Contestant(name, own, unseen)
 
 
 def _references(config: Ablate) -> Inputs:
     return Inputs(config.references, "ablate.references")
 
 
-def _unseen(exp: Experiment, config: Ablate) -> Unseen:
+def _unseen(exp: Experiment, config: Ablate, out: Path) -> Unseen:
+    """The images of the references, read now: what is wrong with them is not to be found out after the tuning."""
     kinds = {style: config.kinds.get(style, style) for style in exp.styles}
-
-    def images(folder: Path) -> list[CaptionedImage]:
-        found, _ = read_shards(_references(config).urls, kinds.values())
-        return [replace(image, captions=tuple(
-            (style, text) for style, kind in kinds.items() for of, text in image.captions if of == kind))
-                for image in found[:config.num_images]]
-
+    found, rejects = read_shards(_references(config).urls, kinds.values())
+    images = [replace(image, captions=tuple(
+        (style, text) for style, kind in kinds.items() for of, text in image.captions if of == kind))
+              for image in found[:config.num_images]]
+    quarantine = out / "references_quarantine.jsonl"
+    quarantine.unlink(missing_ok=True)  # of another command, perhaps for other references
+    images = usable(images, rejects, quarantine, num_workers=0)
+    for style, kind in kinds.items():
+        count = sum(any(style == of for of, _ in image.captions) for image in images)
+        if count == 1:
+            raise UserError(f"ablate.references: one image alone has a caption of kind {kind}, and CIDEr-D needs two "
+                            "at least: name more shards")
+        if not count:
+            progress.warn(f"ablate.references: no image has a caption of kind {kind}, so captions of style {style} are "
+                          f"not scored: say in ablate.kinds.{style} which are its references")
     return Unseen(lambda: {"references": _references(config).identity, "kinds": kinds,
-                           "num_images": config.num_images}, images, config.batch_size)
+                           "num_images": config.num_images}, lambda _: images, config.batch_size)
 
 
 # --- what was stitched ---------------------------------------------------------------------------------------------
@@ -129,9 +153,11 @@ def stitched_figures(exp: Experiment, stitched: dict[str, Stage]) -> list[dict[s
     Returns:
         `name`; `images`; `ungrounded`, the share of them whose captions state what no expert of the mix saw, None of a
         template; `styles` → `metrics` (`words`, and where a judge knows the images `facts_covered` and
-        `facts_precision`: `value`, `ci`) and, but for all experts, `differences` from theirs.
+        `facts_precision`: `value`, `ci`) and, but for all experts, `differences` from theirs, each of the two held to
+        how many there are (`p_holm`).
     """
-    measured = {name: _measures(exp, stage) for name, stage in stitched.items()}
+    judge = open_judge(exp.evaluate.judge, Plan(exp).device) if exp.evaluate.judge else None
+    measured = {name: _measures(exp, stage, judge) for name, stage in stitched.items()}
     rows = []
     for name, by_style in measured.items():
         styles = {}
@@ -146,12 +172,14 @@ def stitched_figures(exp: Experiment, stitched: dict[str, Stage]) -> list[dict[s
         result = stitched[name].dir.result()
         rows.append({"name": name, "images": result["images_out"], "styles": styles,
                      "ungrounded": result["ungrounded"] / result["images_out"] if "ungrounded" in result else None})
+    apart = [style["differences"] for row in rows for style in row["styles"].values() if "differences" in style]
+    for figure in FACTS:
+        adjust([each[figure] for each in apart if figure in each])
     return rows
 
 
-def _measures(exp: Experiment, stage: Stage) -> dict[str, dict[str, Measure]]:
+def _measures(exp: Experiment, stage: Stage, judge: Judge | None) -> dict[str, dict[str, Measure]]:
     """Style → figures of the captions of one mix, image by image."""
-    judge = open_judge(exp.evaluate.judge, Plan(exp).device) if exp.evaluate.judge else None
     words: dict[str, list[float]] = {style: [] for style in exp.styles}
     counts: dict[str, list[list[float]]] = {style: [] for style in exp.styles}
     for shard in sorted(stage.path.glob("*.tar")):
@@ -168,7 +196,7 @@ def ablation_table(result: dict[str, Any]) -> str:
     """A table a style, for the terminal, at most 80 columns wide."""
     lines = []
     for style in result["stitched"][0]["styles"]:
-        lines += ["", f"{style:<19}{'facts covered':>20}{'true':>20}{'CIDEr-D':>20}"]
+        lines += ["", f"{style:<26}{'facts covered':>18}{'true':>18}{'CIDEr-D':>18}"]
         lines += [_line(stitched, captioner, style)
                   for stitched, captioner in zip(result["stitched"], result["captioners"], strict=True)]
     return "\n".join([*lines[1:], "", *textwrap.wrap(NOTE, 80)])
@@ -176,14 +204,14 @@ def ablation_table(result: dict[str, Any]) -> str:
 
 NOTE = ("Of what was stitched, the facts of the images that it states, and the share of what it states that is true; "
         "of the captioner tuned on it, CIDEr-D on other images. 95 % intervals over images; * differs from all "
-        "experts'.")
+        "experts', p < 0.05 (Holm).")
 
 
 def _line(stitched: dict[str, Any], captioner: dict[str, Any], style: str) -> str:
     of_mix, of_captioner = stitched["styles"][style], captioner["styles"].get(style, {"metrics": {}})
     figures = [_figure(each["metrics"].get(name), each.get("differences", {}).get(name))
                for each, name in ((of_mix, "facts_covered"), (of_mix, "facts_precision"), (of_captioner, "cider_d"))]
-    return f"{stitched['name'][:18]:<19}" + "".join(f"{figure:>20}" for figure in figures)
+    return f"{stitched['name'][:26]:<26}" + "".join(f"{figure:>18}" for figure in figures)
 
 
 def _figure(metric: dict[str, Any] | None, apart: dict[str, Any] | None) -> str:

@@ -82,14 +82,13 @@ def score(found: list[Scored], baseline: str, seed: int) -> list[dict[str, Any]]
                      "training_seconds": training.get("training_seconds"), "steps": training.get("steps"),
                      "training_images_per_second": training.get("images_per_second"), "styles": styles,
                      "downstream": each.downstream})
-    _adjust(rows)
+    adjust([scored["differences"]["cider_d"] for row in rows for scored in row["styles"].values()
+            if "differences" in scored])
     return rows
 
 
-def _adjust(rows: list[dict[str, Any]]) -> None:
-    """Hold every difference in CIDEr-D to how many there are: of twenty by chance, one would be starred."""
-    apart = [scored["differences"]["cider_d"] for row in rows for scored in row["styles"].values()
-             if "differences" in scored]
+def adjust(apart: list[dict[str, Any]]) -> None:
+    """Hold differences of one figure to how many there are (Holm): of twenty by chance, one would be starred."""
     for each, p in zip(apart, holm([each["p"] for each in apart]), strict=True):
         each["p_holm"] = p
         if p >= ALPHA:
@@ -102,15 +101,15 @@ def _by_style(each: Scored) -> dict[str, ScoredCaptions]:
     for style, captions in each.captions.items():
         references = _references(each.images, style)
         if len(references) < 2:
-            raise UserError(f"compare: {len(references)} test images have a caption of style {style}, and CIDEr-D "
-                            "needs two at least: raise finetune.test_share")
+            raise UserError(f"{len(references)} of the images to score captioners on have a caption of style {style}, "
+                            "and CIDEr-D needs two at least: name more (finetune.test_share, ablate.references)")
         said = {uid: captions[uid]["text"] for uid in references}
         try:
             found = score_captions(said, references)
             for metric in each.metrics:
                 found = _with_metric(metric, found, said, references, each)
         except ValueError as error:
-            raise UserError(f"compare: {error}") from None
+            raise UserError(f"captioners cannot be scored: {error}") from None
         scored[style] = _with_facts(found, said, each)
     return scored
 

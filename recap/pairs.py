@@ -73,7 +73,7 @@ def usable(images: list[CaptionedImage], rejects: list[Reject], path: Path, num_
     if progress.is_main():
         write_rejects(str(path), rejects)
     if rejects:
-        progress.warn(f"{len(rejects)} samples are not used for tuning, see {path}; the first: {rejects[0]}")
+        progress.warn(f"{len(rejects)} samples are not used, see {path}; the first: {rejects[0]}")
     return found
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,24 @@ import pytest
 
 from eval.ablation import ablate, mixes_of
 from recap.config import load
+from recap.config.stitch import Owlvit, Stitch
 from recap.errors import UserError
 from recap.pipeline import Experiment
+from recap.shards import ShardWriter, read_rejects, read_shard
 
 
 def test_every_expert_is_left_out_and_stands_alone_and_no_mix_comes_twice() -> None:
-    assert mixes_of(["detr", "alt_text"]) == {
+    assert mixes_of(Stitch(experts=["detr", "alt_text"])) == {
         "all": ["detr", "alt_text"], "without-detr": ["alt_text"], "without-alt_text": ["detr"]}
-    assert list(mixes_of(["a", "b", "c"])) == [
-        "all", "without-a", "without-b", "without-c", "only-a", "only-b", "only-c"]
+    assert list(mixes_of(Stitch(experts=["detr", "blip2", "ram"]))) == [
+        "all", "without-detr", "without-blip2", "without-ram", "only-detr", "only-blip2", "only-ram"]
+
+
+def test_without_an_expert_goes_who_looks_for_what_it_names() -> None:
+    mixes = mixes_of(Stitch(experts=["ram", "owlvit", "alt_text"], owlvit=Owlvit(tags_from="ram")))
+    assert mixes == {
+        "all": ["ram", "owlvit", "alt_text"], "without-ram-owlvit": ["alt_text"], "without-owlvit": ["ram", "alt_text"],
+        "without-alt_text": ["ram", "owlvit"], "only-ram": ["ram"], "only-owlvit": ["owlvit"]}
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +45,21 @@ captioner = {{ model = "{world_models}/blip2", dtype = "float32" }}
 finetune = {{ steps = 2, batch_size = 4, max_tokens = 64, lora.rank = 2 }}
 evaluate.judge = {{ target = "recap.world.judge:WorldJudge", model = "{world_models}/reader" }}
 [ablate]
-references = "{world_shards}/evaluation/*.tar"
+references = "{spoilt(world_shards, path.parent)}"
 num_images = 6
 num_samples = 2
 kinds = {{ short = "reference-short", rich = "reference-rich" }}
 ''')
     return path
+
+
+def spoilt(world_shards: Path, out: Path) -> Path:
+    """A copy of the references whose second image can't be decoded."""
+    first, second, *others = read_shard(str(next(world_shards.glob("evaluation/*.tar"))), [])
+    with ShardWriter(str(out / "references.tar")) as writer:
+        for sample in (first, replace(second, members=second.members | {"png": b"no image"}), *others):
+            writer.write(sample)
+    return out / "references.tar"
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +91,14 @@ def test_every_mix_has_figures_of_its_captions_and_of_its_captioner(ablated: tup
             assert ("differences" in style) == (row["name"] != "all")
     for row in found["captioners"]:
         for style in row["styles"].values():
-            assert style["num_images"] == 6 and {"cider_d", "facts_covered"} <= set(style["metrics"])
+            assert style["num_images"] == 5 and {"cider_d", "facts_covered"} <= set(style["metrics"])
+
+
+def test_an_image_of_the_references_that_cannot_be_read_is_left_out_and_listed(ablated: tuple[Path, str]) -> None:
+    bad, = read_rejects(ablated[0] / "references_quarantine.jsonl")
+    assert bad.reason == "undecodable_image"
+    captions = json.loads((ablated[0] / "without-detr" / "captions" / "captions.json").read_text())
+    assert len(captions["short"]) == 5 and bad.key not in captions["short"]
 
 
 def test_who_saw_nothing_states_nothing(ablated: tuple[Path, str]) -> None:
@@ -103,8 +129,11 @@ def test_a_second_command_does_nothing_at_once(experiment: Path, ablated: tuple[
 
 @pytest.mark.parametrize(("override", "message"), [
     ('stitch.experts=["detr"]', "name two at least"), ("captioner.tuned=none", "leave finetune.dataset"),
-    ("ablate.references=none.tar", "ablate.references")])
-def test_what_cannot_be_ablated_is_one_clear_line(experiment: Path, override: str, message: str) -> None:
+    ("ablate.references=none.tar", "ablate.references"), ('ablate.kinds.lang="x"', r"no \[styles\.lang\]"),
+    ("captioner.model=./none", r"captioner\.model"), ("ablate.references=LEARNED", "learn from")])
+def test_what_cannot_be_ablated_is_one_clear_line(experiment: Path, world_shards: Path, override: str,
+                                                  message: str) -> None:
+    override = override.replace("LEARNED", f"{world_shards}/train/*.tar")
     with pytest.raises(UserError, match=message):
         ablate(load(experiment, [override, "name=other"], Experiment), redo=False)
     assert not (experiment.parent / "runs" / "other").exists()
