@@ -47,6 +47,22 @@ def test_single_objects_are_placed_relative_to_one_another() -> None:
     assert "The umbrella is to the right of the dog." in rich
 
 
+@pytest.mark.parametrize(("said", "objects", "long"), [
+    ("a man walks his dog", {"person": 1, "dog": 1},
+     "A man walks his dog. The dog is in the centre and the person is in the centre."),
+    ("two dogs on a beach", {"dog": 2}, "Two dogs on a beach. The dogs are in the centre."),
+    ("a dog on a beach", {"dog": 2}, "A dog on a beach. The picture shows two dogs in the centre."),
+    ("dogs on a beach", {"dog": 2}, "Dogs on a beach. The picture shows two dogs in the centre."),
+    ("a sheep grazes", {"sheep": 1}, "A sheep grazes. The sheep is in the centre."),
+    ("a red circle and a blue bar", {"red circle": 1, "red bar": 1},
+     "A red circle and a blue bar. The red circle is in the centre. The picture shows a red bar in the centre."),
+    ("a hot dog on a plate", {"dog": 1}, "A hot dog on a plate. The picture shows a dog in the centre.")])
+def test_what_a_sentence_has_said_is_spoken_of_again_and_not_counted_twice(said: str, objects: dict[str, int],
+                                                                           long: str) -> None:
+    boxes = [seen(label, 34, 34, 42, 42) for label, count in objects.items() for _ in range(count)]
+    assert write(Facts(boxes, sentences=[Sentence(said, "blip2")]))["long"].startswith(long)
+
+
 @pytest.mark.parametrize(("label", "short"), [
     ("person", "Two people."), ("wine glass", "Two wine glasses."), ("bus", "Two buses."), ("sheep", "Two sheep."),
     ("scissors", "Two pairs of scissors."), ("cherry", "Two cherries."), ("broccoli", "Broccoli.")])

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from recap.facts import Facts, Object
-from recap.filters import addresses_a_model
+from recap.filters import Number, addresses_a_model
 from recap.llm import Scene, Written
+from recap.nouns import NOUNS, PLURAL_ONLY, WIDER, Mention, Noun, mentions
 
 MAX_CHARACTERS = {"short": 160, "long": 480, "rich": 1600}
 MAX_GROUPS = {"short": 3, "long": 6, "rich": 12}
@@ -36,13 +37,14 @@ SHOP_TALK = re.compile(
     r"photos?|picture|thumb|banner|logo|untitled|online|royalty|edition)\b", re.I)
 NOT_TEXT = ("Cc", "Cs", "Co", "Cn", "Zl", "Zp")
 """Unicode categories that no caption holds. Cf is not among them, as it joins emoji and the letters of some scripts."""
+WORD = re.compile(r"[\w’'-]+")
 BIDI_AND_INVISIBLE = re.compile(r"[\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
 
 
 class TemplateWriter:
     """Facts in English sentences. The same facts always give the same captions."""
 
-    provenance: dict[str, Any] = {"name": "template", "version": 3}
+    provenance: dict[str, Any] = {"name": "template", "version": 4}
     instructions = ""
 
     def __init__(self, styles: Iterable[str]) -> None:
@@ -75,13 +77,14 @@ def _short(scene: "_Content") -> list[str]:
 
 
 def _long(scene: "_Content") -> list[str]:
-    objects = _objects(scene, MAX_GROUPS["long"])
-    found = [*scene.said[:1], *objects, *_tags(scene, 6), *_sizes(scene)][:2]
-    return found or _unknown(scene)
+    said = scene.said[:1]
+    found = [*_objects(scene.groups, MAX_GROUPS["long"], said), *_tags(scene, 6), *_sizes(scene)][:2]
+    return [*said, *found] or _unknown(scene)
 
 
 def _rich(scene: "_Content") -> list[str]:
-    found = [*scene.said[:3], *_objects(scene, MAX_GROUPS["rich"]), *_sizes(scene), *_relations(scene),
+    said = scene.said[:3]
+    found = [*said, *_objects(scene.groups, MAX_GROUPS["rich"], said), *_sizes(scene), *_relations(scene),
              *_tags(scene, 12)]
     return [*(found or _unknown(scene)), *_writing(scene), *_hearsay(scene)]
 
@@ -90,11 +93,33 @@ def _unknown(scene: "_Content") -> list[str]:
     return _writing(scene) or ["An image whose content was not recognised."]
 
 
-def _objects(scene: "_Content", limit: int) -> list[str]:
-    if not scene.groups:
-        return []
-    others = ["other objects"] if len(scene.groups) > limit else []
-    return [f"The picture shows {_joined([_placed(group) for group in scene.groups[:limit]] + others)}."]
+def _objects(groups: list["_Group"], limit: int, said: list[str]) -> list[str]:
+    """What there is; of what was said already, where it is: `A cat on a bed. The cat is on the left.`"""
+    told = [group for group in groups[:limit] if _is_told(group, said)]
+    shown = [_placed(group) for group in groups[:limit] if group not in told]
+    others = ["other objects"] if len(groups) > limit else []
+    return [*([_sentence(_joined([_where(group) for group in told]))] if told else []),
+            *([f"The picture shows {_joined(shown + others)}."] if shown + others else [])]
+
+
+def _is_told(group: "_Group", said: list[str]) -> bool:
+    """Whether sentences name as many things of a group: who hears of them again in another way, counts them twice."""
+    words, label = WORD.findall(" ".join(said).lower()), WORD.findall(group.label.lower())
+    if kinds := NOUNS.get(tuple(label), Noun("")).kinds:
+        named = sum(_count(mention, words) for mention in mentions(words)
+                    if any(kinds & WIDER[kind] for kind in mention.noun.kinds))
+    else:
+        named = sum(words[place:place + len(label)] == label for place in range(len(words)))
+    return named >= len(group.seen)
+
+
+def _count(mention: Mention, words: list[str]) -> int:
+    """How many things a noun names: of an uncounted plural none, as nobody can say whether it is of all."""
+    is_one = mention.start > 0 and words[mention.start - 1] in ("a", "an")  # sheep
+    if is_one or not mention.noun.plural or mention.noun.lemma in PLURAL_ONLY:
+        return 1
+    number = Number.before(mention, words)
+    return number.value if number else 0
 
 
 def _sizes(scene: "_Content") -> list[str]:
@@ -102,11 +127,9 @@ def _sizes(scene: "_Content") -> list[str]:
     clauses = []
     sized = [group for group in scene.groups if not (SIZE_WORD.match(group.label) or _fills(group))]
     for group in sized[:4]:
-        several = len(group.seen) > 1
         sizes = list(dict.fromkeys(_size(seen.area) for seen in group.seen))
-        verb = "are" if several or group.label in PAIRS else "is"
         size = sizes[0] if len(sizes) == 1 else "of several sizes"
-        clauses.append(f"the {_plural(group.label) if several else group.label} {verb} {size}")
+        clauses.append(f"{_again(group)} {size}")
     return [_sentence(_joined(clauses))] if clauses else []
 
 
@@ -121,8 +144,7 @@ def _relations(scene: "_Content") -> list[str]:
             continue
         side = ("to the right of" if across > 0 else "to the left of") if abs(across) >= abs(down) else (
             "below" if down > 0 else "above")
-        verb = "are" if group.label in PAIRS else "is"
-        sentences.append(f"The {group.label} {verb} {side} the {other.label}.")
+        sentences.append(_sentence(f"{_again(group)} {side} the {other.label}"))
     return sentences
 
 
@@ -233,8 +255,24 @@ def _placed(group: _Group) -> str:
     name = _counted(group.label, len(group.seen))
     if _fills(group):
         return f"{name} filling most of it"
+    return f"{name} {_places(group)}"
+
+
+def _where(group: _Group) -> str:
+    """`the red circles are at the top left and on the right`."""
+    return f"{_again(group)} {'all over the picture' if _fills(group) else _places(group)}"
+
+
+def _again(group: _Group) -> str:
+    """`the red circles are`, of what has been brought in."""
+    several = len(group.seen) > 1
+    verb = "are" if several or group.label in PAIRS else "is"
+    return f"the {_plural(group.label) if several else group.label} {verb}"
+
+
+def _places(group: _Group) -> str:
     places = list(dict.fromkeys(_place(seen) for seen in group.seen))
-    return f"{name} {_joined(places)}" if len(places) <= 3 else f"{name} in many places"
+    return _joined(places) if len(places) <= 3 else "in many places"
 
 
 def _fills(group: _Group) -> bool:
