@@ -10,22 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from recap import progress
 from recap.config import Data
 from recap.config.stitch import Stitch
 from recap.errors import BadSample, UserError
 from recap.experts import Expert, View, open_expert
-from recap.facts import Facts, Found, read_facts, write_facts
+from recap.facts import Found, read_facts, write_facts
 from recap.rundir import StageDir
 from recap.sample import Sample
 from recap.shard_work import Decoded, Stats, batches, in_background, once, stats_of, total
 from recap.shards import Reject, shard_name
 
 T = TypeVar("T")
-Shown = tuple[str, int, int, bool]
-"""An image's key, width and height, and whether the expert is shown it."""
+Shown = tuple[str, int, int]
+"""An image's key, width and height."""
 MAX_ASPECT = 50
-"""An image that is longer than this times its width is a ruler or a fault; resized, it would have no pixel of width."""
+"""Of an image that is longer than this times its width the first part is shown: resized, it would have no width."""
 
 
 def run(stage: StageDir, name: str, tagger: Path | None, shards: list[str], config: Stitch, data: Data,
@@ -116,21 +118,22 @@ class Look:
         tags = _tags(self.tagger / f"{shard_name(shard)}.parquet") if self.tagger else {}
         decoded = batches(shard, self.batch_size, self.data, rejects, wanted)
         for shown, inputs in self.clock.waiting_for(in_background(self._prepare(batch, tags) for batch in decoded)):
-            facts = iter(expert.look(inputs) if inputs is not None else [])
-            found += [Found(key, width, height, next(facts) if usable else Facts())
-                      for key, width, height, usable in shown]
+            found += [Found(*image, facts) for image, facts in zip(shown, expert.look(inputs), strict=True)]
             self.clock.num_images += len(shown)
             self.bar.update(len(shown))
         write_facts(self.out / f"{shard_name(shard)}.parquet", found, expert.provenance)
         return stats_of(shard, self.out, len(found), rejects, nothing_seen=sum(not each.facts.seen for each in found))
 
     def _prepare(self, batch: list[Decoded], tags: dict[str, list[str]]) -> tuple[list[Shown], Any]:
-        """A batch, and what the expert reads of those images that it is shown."""
-        shown = [(sample.key, image.width, image.height, max(image.size) <= MAX_ASPECT * min(image.size))
-                 for sample, image in batch]
-        views = [View(image, _alt_text(sample), tags.get(sample.key, []))
-                 for (sample, image), (*_, usable) in zip(batch, shown, strict=True) if usable]
-        return shown, self.expert.preprocess(views) if views else None
+        """The images of a batch, and what the expert reads of them."""
+        views = [View(_first_part(image), _alt_text(sample), tags.get(sample.key, [])) for sample, image in batch]
+        return [(sample.key, *image.size) for sample, image in batch], self.expert.preprocess(views)
+
+
+def _first_part(image: Image.Image) -> Image.Image:
+    """All of an image, if it is not too long; else from the left, or the top, so that boxes are in its pixels still."""
+    limit = MAX_ASPECT * min(image.size)
+    return image.crop((0, 0, min(image.width, limit), min(image.height, limit))) if max(image.size) > limit else image
 
 
 def _alt_text(sample: Sample) -> str:

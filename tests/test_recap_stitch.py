@@ -146,7 +146,7 @@ def test_facts_of_a_rotated_photo_are_in_its_upright_pixels(stitch: Stitching, t
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 50), (1, 5000), (5000, 1)])
-def test_odd_images_cost_at_most_their_facts(stitch: Stitching, tmp_path: Path, size: tuple[int, int]) -> None:
+def test_odd_images_are_looked_at_like_others(stitch: Stitching, tmp_path: Path, size: tuple[int, int]) -> None:
     samples = []
     for key, image in (("1", Image.new("RGB", size)), ("2", Image.new("RGB", (64, 64)))):
         image.save(file := io.BytesIO(), "PNG")
@@ -154,9 +154,11 @@ def test_odd_images_cost_at_most_their_facts(stitch: Stitching, tmp_path: Path, 
     stitch(tmp_path / "out", [write_shard(tmp_path / "00000.tar", samples)])
     found, _ = read_facts(facts_of(tmp_path / "out", "detr") / "00000.parquet")
     assert [(each.width, each.height) for each in found.values()] == [size, (64, 64)]
-    odd, usual = (each.facts.objects for each in found.values())
-    assert len(usual) == 10
-    assert len(odd) == (0 if max(size) > 50 * min(size) else 10)
+    for each in found.values():
+        assert len(each.facts.objects) == 10
+        assert all(box[2] <= each.width and box[3] <= each.height for box in (one.box for one in each.facts.objects))
+    heard, _ = read_facts(facts_of(tmp_path / "out", "alt_text") / "00000.parquet")
+    assert all(each.facts.sentences for each in heard.values())
 
 
 def test_a_new_mix_of_experts_looks_at_nothing_again(stitch: Stitching, shards: list[Path], tmp_path: Path,
