@@ -19,7 +19,7 @@ from recap.llm.server import read_answer
 from recap.openai_api import without_key
 from recap.pipeline import Experiment, Plan
 from recap.sample import visible
-from recap.stitch import scenes_of
+from recap.stitch import Scenes
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000
 """Of a file, as OpenAI takes it."""
@@ -64,7 +64,7 @@ def export(exp: Experiment, out: Path) -> Exported:
     writer = ChatWriter(exp.stitch.llm, exp.styles, Plan(exp).answers, {"model": exp.stitch.llm.model})
     found = Exported()
     out.mkdir(parents=True, exist_ok=True)
-    for number, lines in enumerate(_files(_requests(writer, scenes_of(shards, looked), found))):
+    for number, lines in enumerate(_files(_requests(writer, Scenes(shards, looked), found))):
         found.files.append(out / f"requests-{number:03}.jsonl")
         found.files[-1].write_text("".join(lines), encoding="ascii")
     return found

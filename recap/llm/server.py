@@ -58,6 +58,8 @@ class ServerWriter(ChatWriter):
         """
         with progress.bar("write", total) as bar:
             asking = Asking(self, bar)
+            if self.config.budget is not None:
+                asking.count(scenes)
             try:
                 asyncio.run(asking.all(scenes))
             except ExceptionGroup as group:  # of one request or of several; one says it
@@ -91,6 +93,13 @@ class Asking:
         self.halt = ""
         """Why the run is to stop."""
         self.failures, self.ever_answered, self.has_warned = 0, False, False
+
+    def count(self, scenes: Iterable[Scene]) -> None:
+        """Count what earlier tries have spent, before anything more is."""
+        for scene in scenes:
+            for body, answer in self.writer.replay(scene)[0]:
+                if sent := self.answers.sent(key_of(body)):
+                    self.meter.count(body, answer, sent)
 
     async def all(self, scenes: Iterable[Scene]) -> None:
         """Ask of all scenes, so many at a time; none is begun when the run is to stop."""
@@ -129,7 +138,7 @@ class Asking:
         """The answer to a request, sent as often as it takes; None where it gets none, or the run is to stop."""
         why = ""
         for attempt in range(self.config.max_retries + 1):
-            cost = self.meter.most(body) * (self.answers.sent(key) + 1)  # with that of tries that were lost
+            cost = self.meter.most_of_another(body, self.answers.sent(key))
             if not await self.reserve(cost):
                 return None
             try:
@@ -180,9 +189,9 @@ class Asking:
             while not self.halt and not self.meter.allows(cost) and self.meter.reserved:
                 await self.settled.wait()
             if not self.halt and not self.meter.allows(cost):
-                self.halt = (f"stitch.llm.budget: {self.meter.spent:.4g} of {self.config.budget:.4g} are spent, and "
-                             f"the next request may cost {cost:.2g}: run the same command with a larger one: what was "
-                             "answered is kept")
+                self.halt = (f"stitch.llm.budget: {self.meter.total.cost:.4g} of {self.config.budget:.4g} are spent, "
+                             f"and the next request may cost {cost:.2g}: run the same command with a larger one: what "
+                             "was answered is kept")
             if not self.halt:
                 self.meter.reserved.append(cost)
             return not self.halt
