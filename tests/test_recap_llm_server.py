@@ -159,6 +159,14 @@ def test_images_with_the_same_facts_are_asked_of_once(serve: Callable[..., Serve
     assert len(server.bodies) == took["requests"] == 1
 
 
+def test_what_a_model_thinks_before_it_answers_is_not_its_answer(serve: Callable[..., Server], tmp_path: Path) -> None:
+    draft = json.dumps(dict.fromkeys(STYLES, "A dragon breathes fire over a burning village."))
+    server = serve(lambda body: (200, completion(f"<think>{{}} {draft}?</think>\n{json.dumps(captions_of(body))}"), {}))
+    writer = writer_of(server.url, tmp_path)
+    _, flags = written(writer, [scene(0)])
+    assert not flags and "dragon" not in writer.write(scene(0)).captions["long"]
+
+
 def test_a_bad_answer_is_asked_for_once_more_saying_why(serve: Callable[..., Server], tmp_path: Path) -> None:
     def reply(body: dict[str, Any]) -> Reply:
         if "could not be used" in body["messages"][1]["content"]:
@@ -172,6 +180,7 @@ def test_a_bad_answer_is_asked_for_once_more_saying_why(serve: Callable[..., Ser
 
 @pytest.mark.parametrize(("text", "finish_reason", "problem"), [
     ("I see a dog.", "stop", "not_json"), ('{"short": "A dog', "length", "not_ended"),
+    ('<think>{"short": "A", "long": "B", "rich": "C"} or', "length", "not_ended"),
     ('{"short": "A', "stop", "not_json"),
     ('{"short": "A dog.", "long": ["a"], "rich": "A"}', "stop", "not_json"), ("", "stop", "not_json")])
 def test_after_two_bad_answers_the_template_writes_and_says_so(
@@ -369,6 +378,27 @@ def test_the_budget_stops_the_run_and_a_larger_one_goes_on(serve: Callable[..., 
     assert 40 < num_sent < 100  # a request may cost up to 0.014, so the last of the budget can't be spent
     took, _ = written(writer_of(server.url, tmp_path, budget=0.06, **prices), scenes)
     assert took["cost"] == pytest.approx(0.03) and len(server.bodies) == 100 and not server.asked_again
+
+
+def test_what_was_paid_counts_against_the_budget_before_anything_is_asked(serve: Callable[..., Server],
+                                                                            tmp_path: Path) -> None:
+    prices = {"prompt_price": 1.0, "completion_price": 10.0}
+    writer_of(serve().url, tmp_path, **prices).prepare([scene(index) for index in range(50, 100)], 50)  # 0.015
+    server = serve()
+    with pytest.raises(UserError, match=r"budget: 0\.015 of 0\.02 are spent"):
+        writer_of(server.url, tmp_path, budget=0.02, **prices).prepare([scene(index) for index in range(100)], 100)
+    assert not server.bodies
+
+
+def test_what_may_have_been_paid_counts_until_it_is_answered(serve: Callable[..., Server], tmp_path: Path) -> None:
+    prices = {"completion_price": 10.0, "max_tokens": 1000}  # at most 0.01 a request
+    broken = serve(lambda body: (200, b"{", {}))
+    with pytest.raises(UserError, match="gave no chat completion"):
+        writer_of(broken.url, tmp_path, max_retries=2, concurrency=1, **prices).prepare([scene(0)], 1)
+    with pytest.raises(UserError, match=r"budget: 0\.03 of 0\.035 are spent"):
+        writer_of(serve().url, tmp_path, budget=0.035, **prices).prepare([scene(1), scene(0)], 2)
+    took = writer_of(serve().url, tmp_path, budget=0.06, **prices).prepare([scene(1), scene(0)], 2)
+    assert took["cost"] == pytest.approx(0.03 + 2 * 20 * 10 / 1e6) and took["possible_double_payments"] == 3
 
 
 def test_a_server_that_does_not_count_tokens_is_taken_for_the_dearest(serve: Callable[..., Server],

@@ -59,7 +59,7 @@ class ChatWriter:
         """The captions of an answer, and for which problems they can't be used."""
         if answer is None:
             return {}, ["unanswered"]
-        said = _json_object(answer.text, self.styles)
+        said = _json_object(_without_thoughts(answer.text), self.styles)
         if said is None:
             return {}, ["not_json" if answer.finish_reason != "length" else "not_ended"]
         captions = {style: visible(said[style]) for style in self.styles}
@@ -100,6 +100,11 @@ class ChatWriter:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _without_thoughts(text: str) -> str:
+    """What a model says after it has thought; its drafts are no answers, and thoughts that don't end have none."""
+    return text.rpartition("</think>")[2].partition("<think>")[0]
 
 
 def _json_object(text: str, keys: list[str]) -> dict[str, str] | None:
