@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
@@ -39,6 +38,7 @@ class ClipScorer:
     """
 
     def __init__(self, model: str, device: str, revision: str = "main") -> None:
+        import open_clip  # takes seconds, as it brings torchvision
         folder = _folder(model, revision)
         _check(folder)
         try:
@@ -93,8 +93,9 @@ class ClipScorer:
 
     def num_tokens(self, text: str) -> int:
         """Tokens of a text with its begin and end marks, uncut."""
+        from open_clip import SimpleTokenizer
         tokenizer: Any = self._tokenizer
-        if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        if isinstance(tokenizer, SimpleTokenizer):
             return len(tokenizer.encode(text)) + 2
         return len(tokenizer.tokenizer(tokenizer.clean_fn(text), truncation=False, verbose=False).input_ids)
 

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 ALPHA = 0.05
 MIN_SEEDS = 3
@@ -129,6 +128,7 @@ def combined_variance(of_prompts: float, of_seeds: float, of_pictures: float, nu
 
 def around(value: float, variance: float, freedom: float) -> tuple[float, float]:
     """The 95 % interval around a value by Student's t."""
+    from scipy import stats  # takes seconds, and planning has no use for it
     half = float(stats.t.isf(ALPHA / 2, freedom)) * math.sqrt(variance)
     return value - half, value + half
 
@@ -137,6 +137,7 @@ def p_of(value: float, variance: float, freedom: float) -> float:
     """Two-sided, of a value that would be 0, by the same t as `around`."""
     if not variance:
         return 1.0 if value == 0 else 0.0
+    from scipy import stats
     return 2 * float(stats.t.sf(abs(value) / math.sqrt(variance), freedom))
 
 

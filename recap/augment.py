@@ -3,8 +3,7 @@
 import re
 from random import Random
 
-from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms.v2 import functional
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from recap.config.finetune import Augment
 
@@ -23,8 +22,8 @@ def augment(image: Image.Image, caption: str, config: Augment, rng: Random) -> I
     if rng.random() < config.blur:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0, MAX_BLUR) * max(image.size)))
     if config.colour:
-        for change in (functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation):
-            image = change(image, rng.uniform(1 - config.colour, 1 + config.colour))
+        for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+            image = change(image).enhance(rng.uniform(1 - config.colour, 1 + config.colour))
     return image
 
 
