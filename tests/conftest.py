@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from recap.cli import main
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 settings.register_profile("recap", deadline=None)  # the first example also pays for imports
@@ -45,6 +47,13 @@ def world_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw(out, num_train=48, num_tuning=8, num_validation=0, num_evaluation=16, num_reference=16,
          shard_size=64)
     return out
+
+
+def recap_here(*arguments: str) -> int:
+    """Run the command in this process, which need not import it all anew; its status."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    return int(ended.value.code or 0)
 
 
 def recap(*arguments: str, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:

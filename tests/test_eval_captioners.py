@@ -8,8 +8,9 @@ import pytest
 from conftest import recap
 from test_recap_pipeline import CONFIG, settings
 
+from eval.captioners import compare
 from recap.caption_sets import CaptionedImage, ImageRef
-from recap.config import Style
+from recap.config import Style, load
 from recap.config.finetune import Finetune, Validation
 from recap.errors import UserError
 from recap.finetune import read_images, read_test_images
@@ -122,20 +123,22 @@ def test_the_table_fits_a_terminal_and_the_page_stands_alone(compared: tuple[Pat
     assert page.count('src="data:image/') == 6 and "http" not in page
 
 
-def test_the_same_command_again_does_nothing_anew(compared: tuple[Path, str], experiment: Path) -> None:
+def test_the_same_command_again_does_nothing_anew(compared: tuple[Path, str], experiment: Path,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
     before = (compared[0] / "blip2" / "captioner" / "done.json").stat().st_mtime_ns
-    done = recap("compare", "-c", str(experiment))
-    assert done.returncode == 0 and done.stderr.count("done before") == 5
+    compare(load(experiment, [], Experiment), downstream=False, redo=False)
+    out, err = capsys.readouterr()
+    assert err.count("done before") == 5
     assert (compared[0] / "blip2" / "captioner" / "done.json").stat().st_mtime_ns == before
-    assert done.stdout == compared[1]
+    assert out == compared[1]
 
 
 def test_one_that_was_tuned_before_speaks_as_it_was_tuned(compared: tuple[Path, str], experiment: Path,
                                                           world_models: Path) -> None:
     adapter = experiment.parent / "runs" / "three" / "compare" / "blip2" / "captioner" / "best"
     captioners = f'{{a={{captioner={{model="{world_models}/blip2", tuned="{adapter}"}}}}}}'
-    done = recap("compare", "-c", str(experiment), "name=before", f"compare.captioners={captioners}")
-    assert done.returncode == 0, done.stderr
+    before = load(experiment, ["name=before", f"compare.captioners={captioners}"], Experiment)
+    compare(before, downstream=False, redo=False)
     folder = experiment.parent / "runs" / "before" / "compare"
     said = [json.loads((path / "captions" / "captions.json").read_text())
             for path in (folder / "a", compared[0] / "blip2", compared[0] / "untuned")]
@@ -163,15 +166,15 @@ def test_captions_without_words_are_not_scored() -> None:
     ("compare.captioners.blip2.captioner.family=blop", "no captioner family 'blop'"),
 ])
 def test_what_a_user_can_mend_is_one_line(experiment: Path, override: str, message: str) -> None:
-    done = recap("compare", "-c", str(experiment), "name=other", override)
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("recap:")]) == 1
+    with pytest.raises(UserError) as caught:
+        compare(load(experiment, ["name=other", override], Experiment), downstream=False, redo=False)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_an_experiment_without_captioners_to_compare_is_one_clear_line() -> None:
-    from eval.captioners import compare
-    with pytest.raises(UserError, match=r"no \[compare\] table"):
-        compare(Experiment(name="x"), downstream=False, redo=False)
+    done = recap("compare", "-c", str(CONFIG))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.startswith("recap: this experiment has no [compare] table") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.full

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import recap
+from conftest import recap_here
 from peft import PeftModel
 from PIL import Image
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
@@ -212,7 +212,8 @@ def test_a_checkpoint_that_lacks_weights_is_one_clear_line(world_models: Path, t
 # --- figures to match ----------------------------------------------------------------------------------------------
 
 
-def test_pixlores_recipe_trains_5_242_880_parameters_of_opt_2_7b(world_models: Path, tmp_path: Path) -> None:
+def test_pixlores_recipe_trains_5_242_880_parameters_of_opt_2_7b(world_models: Path, tmp_path: Path,
+                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     """From a folder with a configuration and no weights, of OPT-2.7B's sizes (vision and Q-Former: transformers')."""
     config = Blip2Config(text_config={
         "model_type": "opt", "vocab_size": 50304, "hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240,
@@ -222,6 +223,6 @@ def test_pixlores_recipe_trains_5_242_880_parameters_of_opt_2_7b(world_models: P
     found = info(Captioner(model=str(tmp_path)), Finetune(lora=Lora(rank=16, language_model=["q_proj", "v_proj"])))
     assert found.trained == 5_242_880
     assert f"{100 * found.trained / found.total:.3f}" == "0.140"
-    printed = recap("captioner", "info", "-c", "configs/pixlore_blip2.toml", f"captioner.model={tmp_path}",
-                    cwd=Path(__file__).parents[1]).stdout
-    assert re.search(r"^all +3,7\d\d,\d{3},\d{3} +5,242,880 +0\.140 %$", printed, re.M)
+    recipe = Path(__file__).parents[1] / "configs" / "pixlore_blip2.toml"
+    assert recap_here("captioner", "info", "-c", str(recipe), f"captioner.model={tmp_path}") == 0
+    assert re.search(r"^all +3,7\d\d,\d{3},\d{3} +5,242,880 +0\.140 %$", capsys.readouterr().out, re.M)

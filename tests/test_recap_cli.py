@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import recap
+from conftest import recap, recap_here
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.toml")
@@ -50,17 +50,19 @@ def test_help_fits_80_columns(arguments: list[str]) -> None:
     (["generate", "-c", TINY, "generate.prompts={shard}", 'arms=["base"]', "train.model=someone/not-cached"],
      "train.model: no folder someone/not-cached"),
 ])
-def test_what_a_user_can_mend_is_one_line_and_status_2(arguments: list[str], expected: str, tmp_path: Path,
-                                                       world_shards: Path, world_models: Path) -> None:
+def test_what_a_user_can_mend_is_one_line_and_status_2(
+        arguments: list[str], expected: str, tmp_path: Path, world_shards: Path, world_models: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
     shard = world_shards / "evaluation" / "00000.tar"
-    done = recap(*[a.format(shard=shard, models=world_models) for a in arguments], cwd=tmp_path)
-    expected = expected.format(models=world_models)
-    last = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 2 and last.startswith("recap: ") and expected in last
-    assert "Traceback" not in done.stderr
+    status = recap_here(*[argument.format(shard=shard, models=world_models) for argument in arguments])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2 and last.startswith("recap: ") and expected.format(models=world_models) in last
 
 
-def test_unknown_commands_and_options_are_status_2() -> None:
+def test_status_and_line_are_those_of_the_installed_command(tmp_path: Path) -> None:
+    done = recap("run", "-c", "none.toml", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("recap: ") and done.stderr.count("\n") == 1
     assert recap("relable").returncode == recap("run", "--fast").returncode == recap("run").returncode == 2
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import recap
+from conftest import recap, recap_here
 
 from recap.config import validate
 from recap.errors import UserError
@@ -87,14 +87,17 @@ def test_a_second_run_does_nothing_at_once(finished: Path, arguments: list[str])
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
-def test_other_settings_are_refused_until_redo(finished: Path, arguments: list[str], tmp_path: Path) -> None:
+def test_other_settings_are_refused_until_redo(finished: Path, arguments: list[str], tmp_path: Path,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(finished, tmp_path / "tiny")
     changed = [*arguments, f"runs={tmp_path}", "report.num_prompts=3"]
-    done = recap(*changed)
-    assert done.returncode == 2
-    assert done.stderr.strip().splitlines()[-1].startswith("recap:")
-    assert "report.num_prompts: 8 → 3" in done.stderr and "--redo" in done.stderr
-    assert recap(*changed, "--redo").returncode == 0
+    assert recap_here(*changed) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("recap:")
+    assert "report.num_prompts: 8 → 3" in last and "--redo" in last
+    assert recap_here(*changed, "--redo") == 0
+    report = json.loads((tmp_path / "tiny" / "report" / "report.json").read_text())
+    assert report["config"]["report"]["num_prompts"] == 3
 
 
 def test_one_stage_alone_says_what_must_come_before(arguments: list[str], tmp_path: Path) -> None:
