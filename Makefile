@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 # Waiting threads sleep: where they spin, whatever else runs on the machine makes torch several times slower.
 export OMP_WAIT_POLICY ?= passive
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+# A file of tests is one process's, as its fixtures are; each process has a core.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 
@@ -31,10 +33,10 @@ demo: $(READY)  ## The paper's experiment on drawn images and tiny models: about
 	@$(BIN)/recap run -c configs/tiny.toml
 
 test: $(READY)  ## The quick tests: under 10 minutes
-	@$(BIN)/pytest -q -m "not full"
+	@$(PYTEST) -m "not full"
 
 test-full: $(READY)  ## All tests, with kills, browsers, servers and long runs: under 60 minutes
-	@$(BIN)/pytest -q
+	@$(PYTEST)
 
 bench: $(READY)  ## Fine-tuning's images/s against a plain loop of transformers and peft, in one run
 	@$(BIN)/python tests/benchmarks/finetune.py
