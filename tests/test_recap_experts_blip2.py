@@ -80,8 +80,14 @@ def test_a_prompt_is_gone_on_from_and_is_not_part_of_the_sentence(folder: Path, 
 
 
 def test_a_caption_that_says_nothing_is_no_sentence(expert: Blip2Expert, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert.captioner, "caption", lambda *_: [Caption("", True), Caption("a dog", False)])
+    monkeypatch.setattr(expert.captioner, "caption", lambda *_: [Caption("", False), Caption("a dog", True)])
     assert look(expert, scene(0), scene(1)) == [Facts(), Facts(sentences=[Sentence("a dog", "blip2")])]
+
+
+def test_a_sentence_that_is_cut_says_so(folder: Path, expert: Blip2Expert) -> None:
+    whole, = look(expert, scene(4))[0].sentences
+    cut, = look(opened(folder, max_new_tokens=5), scene(4))[0].sentences
+    assert not whole.text.endswith("…") and cut.text.endswith(" …")
 
 
 def test_odd_sizes_are_looked_at(expert: Blip2Expert) -> None:

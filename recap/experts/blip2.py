@@ -38,6 +38,7 @@ class Blip2Expert:
 
     @torch.no_grad()
     def look(self, batch: torch.Tensor) -> list[Facts]:
-        """Caption one batch. A prompt is not part of the sentence that goes on from it."""
+        """Caption one batch. A prompt is not part of the sentence that goes on from it; "…" says that one is cut."""
         captions = self.captioner.caption(self.captioner.encode(batch), self.style)
-        return [Facts(sentences=[Sentence(caption.text, "blip2")] if caption.text else []) for caption in captions]
+        said = [caption.text if caption.ended or not caption.text else f"{caption.text} …" for caption in captions]
+        return [Facts(sentences=[Sentence(text, "blip2")] if text else []) for text in said]
