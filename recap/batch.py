@@ -19,6 +19,7 @@ from recap.llm.server import read_answer
 from recap.openai_api import without_key
 from recap.pipeline import Experiment, Plan
 from recap.sample import visible
+from recap.shards import write_bytes
 from recap.stitch import Scenes
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000
@@ -58,21 +59,34 @@ def export(exp: Experiment, out: Path) -> Exported:
     """
     if exp.stitch.writer != "llm":
         raise UserError(f"batch: stitch.writer is {exp.stitch.writer!r}, which asks for nothing: set it to llm")
+    if exp.stitch.llm.server is None:
+        raise UserError("batch: stitch.llm.server is not set, so a model opened here would write: name the service's")
     if old := sorted(out.glob("requests-*.jsonl")):
         raise UserError(f"batch: {old[0]} is there already: import its answers, or name another folder")
     shards, looked = pipeline.look(exp)
     writer = ChatWriter(exp.stitch.llm, exp.styles, Plan(exp).answers, {"model": exp.stitch.llm.model})
     found = Exported()
-    out.mkdir(parents=True, exist_ok=True)
-    for number, lines in enumerate(_files(_requests(writer, Scenes(shards, looked), found))):
+    meter = Meter(writer.config)
+    for number, bodies in enumerate(_files(_requests(writer, Scenes(shards, looked), found))):
         found.files.append(out / f"requests-{number:03}.jsonl")
-        found.files[-1].write_text("".join(lines), encoding="ascii")
+        content = "".join(map(_line, bodies)).encode("ascii")
+        for body in bodies:  # before there is a file that could be sent
+            found.most += meter.most(body)
+            writer.answers.sending(key_of(body), meter.most_tokens(body))
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write_bytes(str(found.files[-1]), content)
+        except OSError as error:
+            for body in bodies:
+                writer.answers.refused(key_of(body))
+            raise UserError(f"batch: {found.files[-1]} cannot be written ({error.strerror}): make room, or name "
+                            "another folder") from error
     return found
 
 
-def _requests(writer: ChatWriter, scenes: Iterable[Scene], found: Exported) -> Iterator[str]:
-    """A line for every request without an answer, each once, and marked as sent."""
-    exported, meter = set[str](), Meter(writer.config)
+def _requests(writer: ChatWriter, scenes: Iterable[Scene], found: Exported) -> Iterator[Body]:
+    """Every request without an answer, each once."""
+    exported = set[str]()
     for scene in scenes:
         body, answer = writer.replay(scene)[0][-1]
         key = key_of(body)
@@ -81,25 +95,24 @@ def _requests(writer: ChatWriter, scenes: Iterable[Scene], found: Exported) -> I
         elif key not in exported:
             exported.add(key)
             found.num_requests += 1
-            found.most += meter.most(body)
-            writer.answers.sending(key)
-            yield _line(key, body)
+            yield body
 
 
-def _line(key: str, body: Body) -> str:
-    return json.dumps({"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}) + "\n"
+def _line(body: Body) -> str:
+    return json.dumps({"custom_id": key_of(body), "method": "POST", "url": "/v1/chat/completions", "body": body}) + "\n"
 
 
-def _files(lines: Iterable[str]) -> Iterator[list[str]]:
-    """The lines of one file after the other."""
-    some: list[str] = []
+def _files(bodies: Iterable[Body]) -> Iterator[list[Body]]:
+    """The requests of one file after the other."""
+    some: list[Body] = []
     num_bytes = 0
-    for line in lines:
-        if len(some) == MAX_REQUESTS or num_bytes + len(line) > MAX_BYTES:
+    for body in bodies:
+        size = len(_line(body))
+        if len(some) == MAX_REQUESTS or num_bytes + size > MAX_BYTES:
             yield some
             some, num_bytes = [], 0
-        some.append(line)
-        num_bytes += len(line)
+        some.append(body)
+        num_bytes += size
     if some:
         yield some
 
@@ -128,7 +141,7 @@ def _keep(answers: Answers, line: bytes, found: Imported) -> None:
     try:
         content = json.loads(line)
         key, response = str(content["custom_id"]), content.get("response") or {}
-        if not answers.sent(key):
+        if not answers.known(key):
             found.counts["unknown"] += 1
         elif error := content.get("error") or (response.get("status_code", 200) != 200 and response):
             answers.refused(key)

@@ -10,7 +10,7 @@ from test_recap_llm_server import captions_of, completion
 from recap import batch
 from recap.config import load
 from recap.errors import UserError
-from recap.llm.answers import key_of
+from recap.llm.answers import Answers, key_of
 from recap.pipeline import Experiment, Plan, run
 
 
@@ -77,6 +77,17 @@ def test_what_failed_or_is_none_of_ours_is_counted_and_changes_nothing(exp: Expe
     assert batch.export(exp, tmp_path / "again").num_requests == len(lines)
 
 
+def test_what_failed_once_may_be_answered_later_in_any_order(exp: Experiment, tmp_path: Path) -> None:
+    lines = requests(batch.export(exp, tmp_path / "requests"))
+    failed = write(tmp_path / "errors.jsonl", [
+        {"custom_id": line["custom_id"], "response": None, "error": {"message": "expired"}} for line in lines])
+    answers = write(tmp_path / "answers.jsonl", [answered(line) for line in lines])
+    assert batch.read(exp, [failed, failed, answers, failed]).counts == {"failed": 3 * len(lines), "kept": len(lines)}
+    run(exp, "stitch")
+    result = Plan(exp).stitch().dir.result()
+    assert not result["flags"] and result["possible_double_payments"] == 0 and result["cost"] > 0
+
+
 def test_files_are_bounded(exp: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "MAX_REQUESTS", 5)
     found = batch.export(exp, tmp_path / "requests")
@@ -91,5 +102,13 @@ def test_what_cannot_be_done_is_one_clear_line(exp: Experiment, tmp_path: Path) 
     batch.export(exp, tmp_path / "requests")
     with pytest.raises(UserError, match="is there already"):
         batch.export(exp, tmp_path / "requests")
+    blocked = write(tmp_path / "blocked", ["a file"])
+    other = exp.model_copy(update={"name": "other"})
+    with pytest.raises(UserError, match="cannot be written"):
+        batch.export(other, blocked)
+    assert Answers(Plan(other).answers).unanswered() == 0
+    here = exp.stitch.model_copy(update={"llm": exp.stitch.llm.model_copy(update={"server": None})})
+    with pytest.raises(UserError, match=r"stitch\.llm\.server is not set"):
+        batch.export(exp.model_copy(update={"stitch": here}), tmp_path / "here")
     with pytest.raises(UserError, match="cannot be read"):
         batch.read(exp, [tmp_path / "none.jsonl"])

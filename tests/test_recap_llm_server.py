@@ -12,11 +12,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 pytest.importorskip("openai")
 
@@ -321,11 +323,46 @@ def test_a_server_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["localhost:8000", "ftp://localhost/v1", "http://me:secret@localhost/v1",
-                                     "http://localhost/v1?api-key=secret"])
+                                     "http://localhost/v1?api-key=secret", "http://localhost/v1#secret", "http://[::1/v1",
+                                     "me:secret@localhost:8000/v1", "http://localhost:99999/v1", "http://a..b/v1",
+                                     "http://localhost:abc/v1"])
 def test_what_is_no_address_is_one_clear_line(address: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stitch\.llm\.server: ") as error:
         writer_of(address, tmp_path)
     assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "SSL_CERT_FILE"])
+def test_an_environment_that_cannot_be_used_is_one_clear_line(serve: Callable[..., Server], tmp_path: Path, name: str,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    server = serve()
+    monkeypatch.setenv(name, "socks9://localhost:1")
+    with pytest.raises(UserError, match=r"^stitch\.llm\.server: it can't be asked"):
+        writer_of(server.url, tmp_path).prepare([scene(0)], 1)
+
+
+def test_a_key_that_is_none_is_refused_and_a_short_one_is_no_secret(
+        serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\r")
+    server = serve()
+    written(writer_of(server.url, tmp_path), [scene(0)])
+    assert server.authorizations == ["Bearer sk-secret"]
+    monkeypatch.setenv("OPENAI_API_KEY", "dog")
+    writer = writer_of(serve().url, tmp_path / "other")
+    written(writer, [scene(0)])
+    assert writer.write(scene(0)).captions["short"] == "A dog."
+    for bad in ("sk-sécret-0123", "sk two keys"):
+        monkeypatch.setenv("OPENAI_API_KEY", bad)
+        with pytest.raises(UserError, match="characters that no key has") as error:
+            writer_of(server.url, tmp_path)
+        assert bad not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"max_completion_tokens": "many"}, {"max_tokens": [1]}, {"stop": date(2026, 1, 1)},
+                                     {"seed": float("nan")}, {"max_tokens": 0}])
+def test_options_that_cannot_be_sent_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="options"):
+        Llm(options=options)
 
 
 def test_an_answer_without_end_is_not_read_to_the_end(serve: Callable[..., Server], tmp_path: Path,
@@ -340,6 +377,22 @@ def test_an_answer_without_end_is_not_read_to_the_end(serve: Callable[..., Serve
 def test_what_is_no_completion_is_an_error(content: Any) -> None:
     with pytest.raises((LookupError, TypeError)):
         read_answer(content)
+
+
+def test_what_was_paid_without_a_text_is_an_answer() -> None:
+    paid = {"usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+    assert read_answer({"choices": [{"message": {"refusal": "no"}}], **paid}).text == ""
+    odd = read_answer({"choices": [{"message": {"content": "A"}, "finish_reason": "\ud800"}], **paid})
+    assert odd.finish_reason.encode() == b""
+
+
+def test_a_filter_that_forbids_one_image_costs_that_image_alone(serve: Callable[..., Server], tmp_path: Path) -> None:
+    def reply(body: dict[str, Any]) -> Reply:
+        return (403, b"<html>blocked</html>", {}) if facts_in(body).get("alt_text") else good(body)
+
+    scenes = [scene(0), scene(1), scene(2, "'; DROP TABLE images; --"), scene(3)]
+    _, flags = written(writer_of(serve(reply).url, tmp_path, concurrency=1), scenes)
+    assert flags == {"template": 1, "unanswered": 1}
 
 
 def test_odd_answers_are_kept_as_text(tmp_path: Path) -> None:
@@ -401,6 +454,40 @@ def test_what_may_have_been_paid_counts_until_it_is_answered(serve: Callable[...
     assert took["cost"] == pytest.approx(0.03 + 2 * 20 * 10 / 1e6) and took["possible_double_payments"] == 3
 
 
+def test_no_more_is_under_way_than_the_budget_can_pay(serve: Callable[..., Server], tmp_path: Path) -> None:
+    lock, under_way, most = threading.Lock(), [0], [0]
+
+    def slowly(body: dict[str, Any]) -> Reply:
+        with lock:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+        time.sleep(0.05)
+        with lock:
+            under_way[0] -= 1
+        return good(body)
+
+    settings = {"completion_price": 10.0, "max_tokens": 1000, "budget": 0.035}  # at most 0.01 a request
+    written(writer_of(serve(slowly).url, tmp_path, **settings), [scene(index) for index in range(30)])
+    assert most[0] <= 3
+
+
+def test_what_is_lost_counts_at_once(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(lambda body: good(body) if facts_in(body)["objects"][0]["label"] == "dog" else (200, b"{", {}))
+    writer = writer_of(server.url, tmp_path, completion_price=10.0, max_tokens=1000, budget=0.1)
+    with pytest.raises(UserError, match=r"stitch\.llm\.budget: 0\.\d+ of 0\.1 are spent"):
+        writer.prepare([scene(index) for index in range(100)], 100)
+    num_lost = len(server.bodies) - len(server.answered)
+    assert num_lost <= 10 and writer.answers.spent(0, 10 / 1e6) <= 0.1
+
+
+def test_the_budget_is_of_the_run_whatever_its_prompts_were(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("Write short, long and rich captions.")
+    prices = {"prompt_price": 1.0, "completion_price": 10.0}
+    writer_of(serve().url, tmp_path, **prices).prepare([scene(index) for index in range(50)], 50)  # 0.015
+    with pytest.raises(UserError, match=r"budget: 0\.015 of 0\.015 are spent"):
+        writer_of(serve().url, tmp_path, prompt=f"{tmp_path}/mine.txt", budget=0.015, **prices).prepare([scene(0)], 1)
+
+
 def test_a_server_that_does_not_count_tokens_is_taken_for_the_dearest(serve: Callable[..., Server],
                                                                       tmp_path: Path) -> None:
     server = serve(lambda body: (200, completion(json.dumps(captions_of(body)), tokens=None), {}))
@@ -414,12 +501,13 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         self.asleep: Callable[[], None] | None = None
-        monkeypatch.setattr("recap.llm.server.asyncio.sleep", self.sleep)
+        monkeypatch.setattr("recap.llm.server.nap", self.sleep)
 
     def __call__(self) -> float:
         return self.now
 
-    async def sleep(self, seconds: float) -> None:
+    async def sleep(self, seconds: float, halted: asyncio.Event) -> None:
+        await asyncio.sleep(0)
         if self.asleep:
             then, self.asleep = self.asleep, None
             then()
@@ -427,19 +515,24 @@ class Clock:
 
 
 def turns(pace: Pace, clock: Clock, number: int) -> list[float]:
-    """When that many turns are, in seconds from the beginning."""
-    async def take() -> list[float]:
-        found = []
-        for _ in range(number):
-            await pace.turn()
-            found.append(clock.now - 100)
-        return found
-    return asyncio.run(take())
+    """When that many turns are, of as many who wait at once, in seconds from the beginning."""
+    found: list[float] = []
+    pace.queue = asyncio.Lock()  # every run has a loop of its own
+
+    async def take() -> None:
+        await pace.turn()
+        found.append(clock.now - 100)
+
+    async def take_all() -> None:
+        await asyncio.gather(*(take() for _ in range(number)))
+
+    asyncio.run(take_all())
+    return found
 
 
 def test_no_request_comes_faster_than_allowed_and_little_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    pace = Pace(600, clock)
+    pace = Pace(600, asyncio.Event(), clock)
     assert turns(pace, clock, 4) == pytest.approx([0, 0.1, 0.2, 0.3])
     clock.now += 10
     assert turns(pace, clock, 5) == pytest.approx([10.3, 10.3, 10.3, 10.35, 10.45])  # a quarter of a second's worth
@@ -447,12 +540,48 @@ def test_no_request_comes_faster_than_allowed_and_little_is_made_up_for(monkeypa
 
 def test_a_pause_that_a_server_asks_for_holds_for_all_who_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    pace = Pace(600, clock)
+    pace = Pace(600, asyncio.Event(), clock)
     assert turns(pace, clock, 2) == pytest.approx([0, 0.1])
     clock.asleep = lambda: pace.pause(5)  # while the next one waits for its turn
     assert turns(pace, clock, 3) == pytest.approx([5.1, 5.2, 5.3])  # one after the other, not all at once
     pace.pause(0)
     assert turns(pace, clock, 1) == pytest.approx([5.4])
+
+
+def test_a_short_pause_costs_no_more_than_itself_however_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    pace = Pace(600, asyncio.Event(), clock)
+    clock.asleep = lambda: pace.pause(0.3)
+    assert turns(pace, clock, 32)[-1] == pytest.approx(0.3 + 3.0, abs=0.11)
+
+
+def test_whoever_waits_for_a_turn_is_woken_when_the_run_is_to_stop() -> None:
+    async def stop_soon() -> float:
+        halted = asyncio.Event()
+        pace = Pace(1, halted)
+        asyncio.get_running_loop().call_later(0.05, halted.set)
+        started = time.monotonic()
+        await asyncio.gather(*(pace.turn() for _ in range(8)))
+        return time.monotonic() - started
+    assert asyncio.run(stop_soon()) < 20  # of seven minutes
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_asks_for_a_pause_gets_it(serve: Callable[..., Server], tmp_path: Path, status: int) -> None:
+    times: list[float] = []
+
+    def reply(body: dict[str, Any]) -> Reply:
+        times.append(time.monotonic())
+        return (status, {}, {"Retry-After": "0.5"}) if len(times) == 1 else good(body)
+
+    written(writer_of(serve(reply).url, tmp_path, concurrency=1), [scene(0), scene(1)])
+    assert len(times) == 3 and times[1] - times[0] >= 0.5
+
+
+def test_a_rate_is_held_by_the_whole_writer(serve: Callable[..., Server], tmp_path: Path) -> None:
+    started = time.monotonic()
+    written(writer_of(serve().url, tmp_path, requests_per_minute=1200), [scene(index) for index in range(21)])
+    assert time.monotonic() - started >= 0.75  # 20 intervals of 0.05 s, less the burst
 
 
 def test_a_key_goes_to_the_server_and_nowhere_else(

@@ -1,5 +1,6 @@
 """`[stitch]`: which experts look at the images, and who writes captions from what they see."""
 
+import json
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -127,6 +128,15 @@ class Llm(Model):
     def _can_be_asked(self) -> "Llm":
         if taken := sorted({"model", "messages", "n", "stream"} & set(self.options)):
             raise ValueError(f"options.{taken[0]} is set by recap: leave it out")
+        for name in ("max_tokens", "max_completion_tokens"):
+            limit = self.options.get(name, 1)
+            if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+                raise ValueError(f"options.{name} is {limit!r}: give a whole number of tokens")
+        try:
+            json.dumps(self.options, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"options can't be sent to a server ({error}): give numbers, texts, lists and tables"
+                             ) from None
         if self.budget is not None and not (self.prompt_price or self.completion_price):
             raise ValueError("budget needs prompt_price and completion_price, of a million tokens: set them, too")
         return self

@@ -44,7 +44,7 @@ class Writer(Protocol):
         """Do what takes long for all images together, such as asking a server; what is done is kept, never repeated.
 
         Args:
-            scenes: that `write` will be given; they may be gone through more than once.
+            scenes: that `write` will be given.
             total: their number, for a bar.
 
         Returns:

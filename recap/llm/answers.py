@@ -18,6 +18,8 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     key TEXT PRIMARY KEY,
     sent INTEGER NOT NULL,      -- times that it was sent and not refused
+    most_prompt INTEGER NOT NULL,      -- tokens that it can take
+    most_completion INTEGER NOT NULL,
     text TEXT,                  -- the answer; NULL where there is none
     finish_reason TEXT,
     prompt_tokens INTEGER,      -- NULL where the server doesn't say
@@ -45,10 +47,13 @@ class Answers:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         # Every statement is its own transaction. In WAL mode none waits for the disk: a killed process loses nothing,
         # and a machine that loses its power the last answers.
-        self.path = path
-        self.file = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
+        try:
+            self.file = sqlite3.connect(path, timeout=WAIT, isolation_level=None)
+        except sqlite3.Error as error:
+            raise self._useless(error) from error
         self._do("PRAGMA journal_mode = WAL")
         self._do("PRAGMA synchronous = NORMAL")
         self._do(SCHEMA)
@@ -59,19 +64,19 @@ class Answers:
                        "WHERE key = ? AND text IS NOT NULL", [key]).fetchone()
         return Answer(*row) if row else None
 
-    def sending(self, key: str) -> None:
-        """Called before a request is sent."""
-        self._do("INSERT INTO requests (key, sent) VALUES (?, 1) "
-                 "ON CONFLICT DO UPDATE SET sent = sent + 1", [key])
+    def sending(self, key: str, most: tuple[int, int]) -> None:
+        """Called before a request is sent; with the tokens that it can take, its own and its answer's."""
+        self._do("INSERT INTO requests (key, sent, most_prompt, most_completion) VALUES (?, 1, ?, ?) "
+                 "ON CONFLICT DO UPDATE SET sent = sent + 1", [key, *most])
 
     def refused(self, key: str) -> None:
-        """Called where the server would not serve it: that is not paid."""
-        self._do("UPDATE requests SET sent = sent - 1 WHERE key = ? AND sent > 0", [key])
+        """Called where the server would not serve it: that is not paid. Of what was answered it can't be true."""
+        self._do("UPDATE requests SET sent = sent - 1 WHERE key = ? AND sent > 0 AND text IS NULL", [key])
 
     def put(self, key: str, answer: Answer) -> None:
         """Keep an answer. A first one stays."""
         self._do(
-            "INSERT INTO requests VALUES (?, 1, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET text = excluded.text, "
+            "INSERT INTO requests VALUES (?, 1, 0, 0, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET text = excluded.text, "
             "finish_reason = excluded.finish_reason, prompt_tokens = excluded.prompt_tokens, "
             "completion_tokens = excluded.completion_tokens WHERE text IS NULL",
             [key, answer.text, answer.finish_reason, answer.prompt_tokens, answer.completion_tokens])
@@ -81,6 +86,23 @@ class Answers:
         row = self._do("SELECT sent FROM requests WHERE key = ?", [key]).fetchone()
         return int(row[0]) if row else 0
 
+    def known(self, key: str) -> bool:
+        """Whether a request was ever sent, or exported."""
+        return self._do("SELECT 1 FROM requests WHERE key = ?", [key]).fetchone() is not None
+
+    def unanswered(self) -> int:
+        """How many requests were sent, and have no answer."""
+        return int(self._do("SELECT COUNT(*) FROM requests WHERE text IS NULL AND sent > 0").fetchone()[0])
+
+    def spent(self, prompt_price: float, completion_price: float) -> float:
+        """What all requests of the file cost, for prices of a token; the most, where that is not known."""
+        cost = self._do(
+            "WITH priced AS (SELECT *, most_prompt * ?1 + most_completion * ?2 AS most FROM requests) "
+            "SELECT TOTAL(CASE WHEN text IS NULL THEN sent * most ELSE "
+            "COALESCE(prompt_tokens * ?1 + completion_tokens * ?2, most) + MAX(sent - 1, 0) * most END) FROM priced",
+            [prompt_price, completion_price]).fetchone()[0]
+        return float(cost)
+
     def close(self) -> None:
         self.file.close()
 
@@ -89,8 +111,11 @@ class Answers:
         try:
             return self.file.execute(statement, values)
         except sqlite3.Error as error:
-            raise UserError(f"{self.path} can't be used ({error}): make room, or move it away to begin anew and pay "
-                            "anew, and run the same command again") from error
+            raise self._useless(error) from error
+
+    def _useless(self, error: sqlite3.Error) -> UserError:
+        return UserError(f"{self.path} can't be used ({error}): make room, or move it away to begin anew and pay anew, "
+                         "and run the same command again")
 
 
 def key_of(body: Body) -> str:

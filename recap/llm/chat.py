@@ -20,6 +20,8 @@ from recap.llm.template import TemplateWriter
 from recap.sample import visible
 
 NUM_TRIES = 2
+MAX_BRACES = 32
+"""Places of an answer where an object is looked for."""
 UNREADABLE = {
     "unanswered": "it was not answered",
     "not_json": "it was not one JSON object with a caption under each key",
@@ -108,17 +110,17 @@ def _without_thoughts(text: str) -> str:
 
 
 def _json_object(text: str, keys: list[str]) -> dict[str, str] | None:
-    """The first JSON object in a text that has a string under each key; models like to say something around it."""
+    """The last JSON object in a text that has a string under each key; models like to say something around it."""
     decoder = json.JSONDecoder()
-    start = text.find("{")
-    for _ in range(8):
+    last, start = None, text.find("{")
+    for _ in range(MAX_BRACES):
         if start < 0:
-            return None
+            break
         try:
-            found, _ = decoder.raw_decode(text, start)
+            found, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
-            found = None
+            found, end = None, start + 1
         if isinstance(found, dict) and all(isinstance(found.get(key), str) for key in keys):
-            return found
-        start = text.find("{", start + 1)
-    return None
+            last = found
+        start = text.find("{", end)
+    return last

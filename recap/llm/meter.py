@@ -1,77 +1,70 @@
 """What a run's requests take: tokens, money, what may have been paid twice; and whether the budget allows more."""
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 from recap.config.stitch import Llm
 from recap.llm.answers import Answer, Body, key_of
 
 
-class Took(NamedTuple):
-    """What requests took."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    unmetered: int = 0
-    """Answers that don't say how long they are."""
-    lost: int = 0
-    """Times that one was sent, not refused, and not answered."""
-    cost: float = 0.0
-
-
 class Meter:
-    """Counts every request of a run once, also those that an earlier try had answered, or lost."""
+    """Counts every request of a stage once, also those that an earlier try had answered; and all money of the run."""
 
-    def __init__(self, config: Llm) -> None:
+    def __init__(self, config: Llm, spent: float = 0.0) -> None:
+        """What was spent before is what `Answers.spent` says."""
         self.config = config
-        self.counted: dict[str, Took] = {}
-        """By the request's key."""
-        self.total = Took()
+        self.spent = spent
+        """By all requests that were ever sent, with the most that those without an answer may have cost."""
+        self.counted: set[str] = set()
+        self.tokens = {"prompt_tokens": 0, "completion_tokens": 0}
+        self.unmetered = 0
+        self.lost = 0
+        self.cost = 0.0
         self.reserved: list[float] = []
         """The most that each request under way can cost."""
 
     def allows(self, cost: float) -> bool:
         """Whether the budget holds, with what those under way have reserved."""
-        return self.config.budget is None or self.total.cost + sum(self.reserved) + cost <= self.config.budget
+        return self.config.budget is None or self.spent + sum(self.reserved) + cost <= self.config.budget
 
     def most(self, body: Body) -> float:
-        """The most that a request can cost. No token is shorter than a byte."""
-        limit = int(body.get("max_tokens") or body.get("max_completion_tokens") or self.config.max_tokens)
-        return self._money(len(json.dumps(body, ensure_ascii=False).encode()), limit)
+        """The most that a request can cost."""
+        return self._money(*self.most_tokens(body))
 
-    def most_of_another(self, body: Body, sent: int) -> float:
-        """The most that is added when a request is sent once more, with losses that have not been counted yet."""
-        counted = self.counted.get(key_of(body), Took())
-        return self.most(body) * (sent - counted.lost + 1)
+    def most_tokens(self, body: Body) -> tuple[int, int]:
+        """The most that a request can have, and its answer. No token is shorter than a byte."""
+        limit = int(body.get("max_tokens") or body.get("max_completion_tokens") or self.config.max_tokens)
+        return len(json.dumps(body, ensure_ascii=False).encode()), limit
 
     def count(self, body: Body, answer: Answer | None, sent: int) -> None:
-        """Count a request with all the times that it was sent, instead of what was counted of it before."""
-        key = key_of(body)
-        before, now = self.counted.get(key, Took()), self._took(body, answer, sent)
-        self.counted[key] = now
-        self.total = Took._make(total - old + new for total, old, new in zip(self.total, before, now, strict=True))
+        """Count a request with all the times that it was sent; one without an answer has been lost each time."""
+        if key_of(body) in self.counted:
+            return
+        self.counted.add(key_of(body))
+        lost = sent - (answer is not None)
+        self.lost += max(lost, 0)
+        if answer is not None:
+            self.unmetered += answer.prompt_tokens is None or answer.completion_tokens is None
+            self.tokens["prompt_tokens"] += answer.prompt_tokens or 0
+            self.tokens["completion_tokens"] += answer.completion_tokens or 0
+            self.cost += self.price(body, answer)
+        self.cost += max(lost, 0) * self.most(body)
 
-    def _took(self, body: Body, answer: Answer | None, sent: int) -> Took:
-        """One without an answer has been lost each time."""
-        if answer is None:
-            return Took(lost=sent, cost=sent * self.most(body))
-        prompt, completion = answer.prompt_tokens, answer.completion_tokens
-        known = prompt is not None and completion is not None
-        cost = self._money(prompt or 0, completion or 0) if known else self.most(body)
-        lost = max(sent - 1, 0)
-        return Took(prompt or 0, completion or 0, not known, lost, cost + lost * self.most(body))
+    def price(self, body: Body, answer: Answer) -> float:
+        """Of an answer; the most that it can be where the server doesn't say how long it is."""
+        if answer.prompt_tokens is None or answer.completion_tokens is None:
+            return self.most(body)
+        return self._money(answer.prompt_tokens, answer.completion_tokens)
 
     def result(self) -> dict[str, Any]:
         """For `done.json`. Cost is an upper bound where answers were lost, or don't say how long they are."""
-        took = self.total
-        return {"requests": len(self.counted), "prompt_tokens": took.prompt_tokens,
-                "completion_tokens": took.completion_tokens, "unmetered_answers": took.unmetered,
-                "possible_double_payments": took.lost, "cost": round(took.cost, 6)}
+        return {"requests": len(self.counted), **self.tokens, "unmetered_answers": self.unmetered,
+                "possible_double_payments": self.lost, "cost": round(self.cost, 6)}
 
     def line(self) -> str:
         """Of a bar: what counts to whoever waits."""
-        spent, lost = self.total.cost, self.total.lost
-        return ", ".join(filter(None, [f"{spent:.2f} spent" if spent else "", f"{lost} lost" if lost else ""]))
+        parts = [f"{self.spent:.2f} spent" if self.spent else "", f"{self.lost} lost" if self.lost else ""]
+        return ", ".join(filter(None, parts))
 
     def _money(self, prompt_tokens: int, completion_tokens: int) -> float:
         return (prompt_tokens * self.config.prompt_price + completion_tokens * self.config.completion_price) / 1e6

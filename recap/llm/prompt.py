@@ -13,6 +13,10 @@ DEFAULT = Path(__file__).parent / "prompt.txt"
 MAX_OBJECTS, MAX_TAGS, MAX_SENTENCES = 60, 60, 12
 MAX_CHARACTERS = 400
 """Of a sentence or a line of writing that is shown to the model."""
+HIDDEN = {"<": "\ue000", ">": "\ue001", "[": "\ue002", "]": "\ue003"}
+"""What tags and control tokens are made of (`</facts>`, `<|im_start|>`, `[INST]`): escaped where facts hold it. What
+stands for it meanwhile is in no visible text.
+"""
 
 
 def read_prompt(config: Llm, styles: list[str]) -> str:
@@ -33,7 +37,7 @@ def read_prompt(config: Llm, styles: list[str]) -> str:
 
 
 def shown(scene: Scene) -> str:
-    """Facts as JSON that nothing in them can end: `<` is escaped. What is too much is left out, and said to be."""
+    """Facts as JSON that nothing in them can end. What is too much is left out, and said to be."""
     facts = scene.facts
     objects = [{"label": _short(each.label), "score": round(each.score, 2), "box": _percent(each.box, scene)}
                for each in facts.objects[:MAX_OBJECTS]]
@@ -48,12 +52,15 @@ def shown(scene: Scene) -> str:
     }
     lines = [f"{json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items() if value]
     text = "{" + ",\n ".join(lines) + "}"
-    return text.replace("<", "\\u003c").replace(">", "\\u003e")
+    for mark, hidden in HIDDEN.items():
+        text = text.replace(hidden, f"\\u{ord(mark):04x}")
+    return text
 
 
 def _short(text: str) -> str:
     text = visible(text)
-    return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS - 1]}…"
+    text = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS - 1]}…"
+    return text.translate(str.maketrans(HIDDEN))
 
 
 def _percent(box: tuple[float, float, float, float], scene: Scene) -> list[int]:
