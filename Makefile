@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Waiting threads sleep: where they spin, whatever else runs on the machine makes torch several times slower.
 export OMP_WAIT_POLICY ?= passive
+# Who asks Python to keep no compiled modules would have each of the tests' processes compile torch's anew, for 20 s.
+export PYTHONDONTWRITEBYTECODE =
+export PYTHONPYCACHEPREFIX ?= $(CURDIR)/$(VENV)/pycache
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 # A file of tests is one process's, as its fixtures are; each process has a core.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses auto --maxprocesses 8 --dist loadfile
