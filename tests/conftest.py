@@ -1,5 +1,6 @@
 """What the tests share: tiny checkpoints of the real classes, drawn shards, and the real data where it is there."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -16,6 +17,16 @@ settings.register_profile("recap", deadline=None)  # the first example also pays
 settings.load_profile("recap")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub; and what is offline fails at once, without retries
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: let no search for garbage go through it again, for half a second each."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """An extension reports what is left at the end as leaked."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
