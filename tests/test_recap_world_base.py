@@ -18,14 +18,17 @@ from torch import nn
 from recap.errors import UserError
 from recap.rundir import StageDir, lock
 from recap.world import base
-from recap.world.base import vae
+from recap.world.base import text_encoder, vae
 from recap.world.base.blip2 import MAX_TERSE, NamesThings, build, terse_caption
+from recap.world.base.drawings import Drawings
 from recap.world.base.fit import Schedule, fit
 from recap.world.base.text_encoder import changed, rearranged
 from recap.world.facts import compare, read
 from recap.world.init import init
 from recap.world.scene import JITTER, PLACES, draw_scene
 from recap.world.words import clean_alt_text
+
+FEW = 16
 
 
 def fitted(folder: Path, stop_at: int | None = None) -> list[torch.Tensor]:
@@ -54,19 +57,26 @@ def test_a_training_that_was_stopped_ends_with_the_same_weights(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Every part trained for two steps on a few drawings, and shipped."""
+    """Every part trained for two steps on a few drawings, judged by a few others, and shipped."""
     out = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
         names = {name for name, _ in base.PARTS.values()}
         modules = [importlib.import_module(f"recap.world.base.{name}") for name in sorted({*names, "text_encoder"})]
         for module in modules:
             if hasattr(module, "NUM_DRAWINGS"):
-                patch.setattr(module, "NUM_DRAWINGS", 16)
+                patch.setattr(module, "NUM_DRAWINGS", FEW)
             if hasattr(module, "SCHEDULE"):
                 patch.setattr(module, "SCHEDULE", replace(module.SCHEDULE, steps=2, batch_size=8))
             if hasattr(module, "TRAIN"):
                 patch.setattr(module, "TRAIN", {**module.TRAIN, "steps": 2, "batch_size": 4})
-        patch.setattr(base, "NUM_BASE", 16)
+            if hasattr(module, "NUM_HELD_OUT"):
+                patch.setattr(module, "NUM_HELD_OUT", FEW)
+        draw, choose, families = Drawings.draw, Drawings.choose, text_encoder._families
+        patch.setattr(Drawings, "draw", lambda name, count, size: draw(
+            name, count if "/clip/" in name else min(count, FEW), size))  # that part counts its thousand by hundreds
+        patch.setattr(Drawings, "choose", lambda drawings, step, size: choose(drawings, step, min(size, FEW)))
+        patch.setattr(text_encoder, "_families", lambda name, count, size: families(name, min(count, FEW), size))
+        patch.setattr(base, "NUM_BASE", FEW)
         patch.setattr(base, "SHIPPED", out / "shipped")
         base.train_base(out / "base", base.PARTS)
         base.ship(out / "base")
