@@ -259,7 +259,7 @@ def test_half_of_the_rich_references_are_longer_than_clip_reads_at_once() -> Non
 
 
 def test_cut_prompts_are_the_first_tokens_of_the_whole_ones(tmp_path: Path) -> None:
-    draw(tmp_path, 0, 0, 0, 100)
+    draw(tmp_path, 0, 0, 0, num_evaluation=100, num_reference=0)
     sets = {path.stem: [json.loads(line) for line in path.read_text().splitlines()]
             for path in (tmp_path / "prompts/evaluation").glob("*.jsonl")}
     assert {name: len(rows) for name, rows in sets.items() if name not in ("rich-cut", "rich-whole")} == {
