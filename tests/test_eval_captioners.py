@@ -1,11 +1,13 @@
 """Captioners side by side: the same images for all, figures with intervals, one table, and nothing done twice."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import recap
+from conftest import recap, recap_here
 from test_recap_pipeline import CONFIG, settings
 
 from eval.captioners import compare
@@ -62,9 +64,9 @@ transformer = {{ encoder = "none", hidden_size = 32, num_layers = 1, num_heads =
 @pytest.fixture(scope="module")
 def compared(experiment: Path) -> tuple[Path, str]:
     """Where the results are, and what was printed."""
-    done = recap("compare", "-c", str(experiment))
-    assert done.returncode == 0, done.stderr
-    return experiment.parent / "runs" / "three" / "compare", done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert recap_here("compare", "-c", str(experiment)) == 0
+    return experiment.parent / "runs" / "three" / "compare", out.getvalue()
 
 
 def result(compared: tuple[Path, str]) -> dict[str, Any]:

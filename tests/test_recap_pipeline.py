@@ -20,6 +20,7 @@ from recap.pipeline import Experiment, Plan
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.toml"
 QUICK = ["finetune.steps=6", "finetune.checkpoint_every=2", "train.steps=6", "train.checkpoint_every=2",
+         "finetune.batch_size=8", "train.batch_size=8",
          "generate.num_prompts=2", "generate.num_inference_steps=2", "generate.batch_size=3", "stitch.num_images=8",
          "relabel.batch_size=8", "styles.long.max_new_tokens=24", "styles.long.num_beams=1",
          'arms=["base", "alt", "mix"]']
