@@ -36,8 +36,10 @@ from recap.sample import MAX_TEXT_BYTES
 from recap.shards import Reject, ShardWriter, read_shard
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["recap.finetune", "recap.cli", "eval.captions", *(
-    f"recap.captioners.{family}" for family in ("blip2", "blip", "clipcap", "transformer", "cnn_lstm"))])
+FORKS.set_forkserver_preload([
+    "recap.finetune", "recap.cli", "recap.pipeline", "eval.captions", "matplotlib.figure",
+    "matplotlib.backends.backend_svg", "transformers.models.opt.modeling_opt", *(
+        f"recap.captioners.{family}" for family in ("blip2", "blip", "clipcap", "transformer", "cnn_lstm"))])
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TIMEOUT = 240.0
 FAMILIES: dict[str, list[str]] = {
