@@ -18,7 +18,7 @@ from recap.world import base
 from recap.world.check import BY_EYE
 from recap.world.cli import app
 from recap.world.draw import draw
-from recap.world.init import init, init_untrained
+from recap.world.init import init
 from recap.world.reader import WEIGHTS, Reader
 
 
@@ -73,9 +73,8 @@ def test_what_is_shipped_was_trained_with_todays_settings_and_is_no_larger_than_
     assert sum(path.stat().st_size for path in base.SHIPPED.rglob("*") if path.is_file()) < 40e6
 
 
-def test_untrained_models_fail(world: Path, tmp_path: Path) -> None:
-    init_untrained(tmp_path / "models", 32, 0)
-    status, gates = check(world, models=str(tmp_path / "models"))
+def test_untrained_models_fail(world: Path, world_models: Path) -> None:
+    status, gates = check(world, models=str(world_models))
     assert status == 1
     assert [gate[:4] for gate in gates[:4]] == ["FAIL"] * 4, gates
 

@@ -12,6 +12,7 @@ from train_t2i.config import Arm, Train
 from train_t2i.data import Batch, Stream
 from train_t2i.train import run
 
+Run = tuple[Path, dict[str, torch.Tensor]]
 ARM = Arm(captions={"alt": 1, "exact": 1})
 
 
@@ -28,9 +29,15 @@ def trained(out: Path, shards: Path, settings: Train) -> dict[str, torch.Tensor]
             for file in (out / "pipeline" / part).glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_weights(world_models: Path, world_shards: Path, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = trained(tmp_path / "whole", world_shards, config(world_models))
+@pytest.fixture(scope="module")
+def whole(world_models: Path, world_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that nothing stopped: its folder and its weights."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, trained(out, world_shards, config(world_models))
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(whole: Run, world_models: Path, world_shards: Path,
+                                                           tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     take = Stream.take
 
     def stopping(self: Stream, *arguments: int) -> Batch:
@@ -44,25 +51,24 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(world_models: Path, w
     assert json.loads((tmp_path / "stopped" / "checkpoint" / "state.json").read_text())["step"] == 2
     monkeypatch.undo()
     again = trained(tmp_path / "stopped", world_shards, config(world_models))
-    assert again.keys() == whole.keys()
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert again.keys() == whole[1].keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole[1].items())
 
 
-def test_micro_batches_change_memory_not_the_result(world_models: Path, world_shards: Path, tmp_path: Path) -> None:
-    for name, size in (("whole", None), ("parts", 1)):
-        trained(tmp_path / name, world_shards, config(world_models, micro_batch_size=size))
-    losses = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss"] for name in ("whole", "parts")]
+def test_micro_batches_change_memory_not_the_result(whole: Run, world_models: Path, world_shards: Path,
+                                                    tmp_path: Path) -> None:
+    trained(tmp_path, world_shards, config(world_models, micro_batch_size=1))
+    losses = [json.loads((folder / "log.jsonl").read_text())["loss"] for folder in (whole[0], tmp_path)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_unet_and_text_encoder_both_change_and_the_vae_does_not(world_models: Path, world_shards: Path,
-                                                                tmp_path: Path) -> None:
-    after = trained(tmp_path, world_shards, config(world_models))
+def test_unet_and_text_encoder_both_change_and_the_vae_does_not(whole: Run, world_models: Path) -> None:
+    out, after = whole
     for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model")):
         before = load_file(world_models / "stable-diffusion-0" / part / f"{file}.safetensors")
         assert any(not torch.equal(after[f"{part}.{name}"], tensor) for name, tensor in before.items())
     vae = "vae/diffusion_pytorch_model.safetensors"
-    before, now = load_file(world_models / "stable-diffusion-0" / vae), load_file(tmp_path / "pipeline" / vae)
+    before, now = load_file(world_models / "stable-diffusion-0" / vae), load_file(out / "pipeline" / vae)
     assert all(torch.equal(before[name], now[name]) for name in before)
 
 
