@@ -60,7 +60,7 @@ def shown(scene: Scene) -> str:
 def _short(text: str) -> str:
     text = visible(text)
     text = text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS - 1]}…"
-    return text.translate(str.maketrans(HIDDEN))
+    return text.translate(str.maketrans("".join(HIDDEN), "".join(HIDDEN.values())))
 
 
 def _percent(box: tuple[float, float, float, float], scene: Scene) -> list[int]:

@@ -63,7 +63,7 @@ class ServerWriter(ChatWriter):
         with progress.bar("write", total) as bar:
             asking = Asking(self, bar)
             if lost := self.answers.unanswered():
-                progress.warn(f"{WHERE}: {lost} requests were sent before and have no answer, by a run that was stopped "
+                progress.warn(f"{WHERE}: {lost} requests were sent before and have no answer, by a run that stopped "
                               "or `recap batch export`: they may be paid for twice; import a batch's answers first")
             try:
                 asyncio.run(asking.all(scenes))
