@@ -20,7 +20,7 @@ from recap.openai_api import without_key
 from recap.pipeline import Experiment, Plan
 from recap.sample import visible
 from recap.shards import write_bytes
-from recap.stitch import Scenes
+from recap.stitch import scenes_of
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000
 """Of a file, as OpenAI takes it."""
@@ -67,7 +67,7 @@ def export(exp: Experiment, out: Path) -> Exported:
     writer = ChatWriter(exp.stitch.llm, exp.styles, Plan(exp).answers, {"model": exp.stitch.llm.model})
     found = Exported()
     meter = Meter(writer.config)
-    for number, bodies in enumerate(_files(_requests(writer, Scenes(shards, looked), found))):
+    for number, bodies in enumerate(_files(_requests(writer, scenes_of(shards, looked), found))):
         found.files.append(out / f"requests-{number:03}.jsonl")
         content = "".join(map(_line, bodies)).encode("ascii")
         for body in bodies:  # before there is a file that could be sent

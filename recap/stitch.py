@@ -48,7 +48,7 @@ def run(stage: StageDir, shards: list[str], config: Stitch, styles: list[str], l
     writer = open_writer(config, styles, answers, device)
     shards = _looked_at(shards, looked)
     num_images = sum(count_facts(_files(shard, looked)[0]) for shard in shards)
-    took = writer.prepare(Scenes(shards, looked), num_images)
+    took = writer.prepare(scenes_of(shards, looked), num_images)
     found: list[Stats] = []
     with progress.bar("stitch", num_images) as bar:
         for shard in shards:
@@ -76,17 +76,11 @@ def _files(shard: str, looked: dict[str, Path]) -> list[Path]:
     return [folder / f"{shard_name(shard)}.parquet" for folder in looked.values()]
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """What there is to write of, read as it is gone through: all that every expert has looked at, shard by shard."""
-
-    shards: list[str]
-    looked: dict[str, Path]
-
-    def __iter__(self) -> Iterator[Scene]:
-        for shard in _looked_at(self.shards, self.looked):
-            found = Looked.read(shard, self.looked)
-            yield from map(found.scene, found.images)
+def scenes_of(shards: list[str], looked: dict[str, Path]) -> Iterator[Scene]:
+    """What there is to write of: all that every expert has looked at, in the order of the shards."""
+    for shard in _looked_at(shards, looked):
+        found = Looked.read(shard, looked)
+        yield from map(found.scene, found.images)
 
 
 def _looked_at(shards: list[str], looked: dict[str, Path]) -> list[str]:
