@@ -5,12 +5,12 @@ import json
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from recap.errors import BadSample
 
@@ -81,9 +81,10 @@ class Sample:
             raise BadSample("bad_metadata", f"a JSON {type(found).__name__}, not an object")
         return found
 
-    def check(self, alt_text: Literal["required", "optional"]) -> Image.Image:
+    def check(self, alt_text: Literal["required", "optional"],
+              decode: Callable[[bytes], Image.Image] | None = None) -> Image.Image:
         """Decode what every stage relies on, and return the image; `BadSample` says what is wrong."""
-        image = self.image()
+        image = (decode or decode_image)(self.image_bytes)
         self.metadata  # noqa: B018  (read for its check)
         if alt_text == "required" and not self.caption("alt"):
             raise BadSample("missing_alt_text" if self.member("txt") is None else "empty_alt_text")
@@ -144,6 +145,8 @@ def _malformed() -> Iterator[None]:
             yield
     except Image.DecompressionBombError as error:
         raise BadSample("oversized_image", str(error)) from error
+    except UnidentifiedImageError as error:  # which says where in this process's memory the bytes are
+        raise BadSample("undecodable_image", "of no known image format") from error
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError, OverflowError,
             MemoryError, struct.error, zlib.error) as error:
         raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from error
