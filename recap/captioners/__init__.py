@@ -6,6 +6,7 @@ loss. What it writes is the format that the family's users know.
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, cast
 
@@ -49,6 +50,26 @@ class Captioner(Protocol):
     @abstractmethod
     def caption(self, features: Any, style: Style) -> list[Caption]:
         """Captions of encoded images. No image's caption depends on the others of its batch."""
+
+    def captions(self, batches: Iterable[Any], styles: dict[str, Style],
+                 num_slots: int) -> Iterator[tuple[int, dict[str, Caption]]]:
+        """Captions of images in all styles; each image is encoded once.
+
+        Args:
+            batches: what `preprocess` gave, one batch after the other; asked for as they are needed.
+            styles: name → style.
+            num_slots: how many captions are decoded together, where the family decodes batch by batch no longer.
+
+        Yields:
+            The place of an image among all of the batches, and its captions by style; the first to be done come first.
+        """
+        place = 0
+        for pixels in batches:
+            features = self.encode(pixels)
+            found = {name: self.caption(features, style) for name, style in styles.items()}
+            for captions in zip(*found.values(), strict=True):
+                yield place, dict(zip(found, captions, strict=True))
+                place += 1
 
 
 class Tunable(Captioner, ABC):

@@ -4,6 +4,9 @@ The image features are put before the text embeddings by hand, instead of throug
 number of placeholders makes transformers ignore the image, or mix the images of a batch, without an error.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,6 +18,7 @@ from transformers import Blip2ForConditionalGeneration, Blip2Processor
 from transformers.utils import logging
 
 from recap.captioners import Tunable
+from recap.captioners.continuous import Begun, Slots, decode, read_prompts
 from recap.captioners.lora import add_lora, load_lora, untrained
 from recap.captioners.text import IGNORE, Caption, Text, next_token_loss, pad
 from recap.config import Style
@@ -37,6 +41,7 @@ class Blip2(Tunable):
         self.processor, self.device = processor, device
         self.is_seq2seq = not self.base.config.use_decoder_only_language_model
         self.text = _text(self.base.config, processor.tokenizer, self.is_seq2seq)
+        self.slots: Slots | None = None
         self.set_training(False)
 
     @classmethod
@@ -74,6 +79,52 @@ class Blip2(Tunable):
             **self.text.decoding(style))
         # T5's rows begin with the decoder's start token, which is its padding; OPT's hold new tokens only.
         return [self.text.read(row[self.is_seq2seq:]) for row in ids.tolist()]
+
+    @torch.no_grad()
+    def captions(self, batches: Iterable[torch.Tensor], styles: dict[str, Style],
+                 num_slots: int) -> Iterator[tuple[int, dict[str, Caption]]]:
+        """Greedy captions of OPT are decoded continuously: see `continuous.py`."""
+        greedy = {name: style for name, style in styles.items()
+                  if not self.is_seq2seq and style.num_beams == 1 and not style.no_repeat_ngram_size}
+        if not greedy:
+            yield from super().captions(batches, styles, num_slots)
+            return
+        found: dict[int, dict[str, Caption]] = defaultdict(dict)
+        begun = self._begin(batches, styles, greedy, found)
+        for first in begun:
+            slots = self._slots(greedy, num_slots, first.cache)
+            for (place, name), ids in decode(slots, chain([first], begun), self.text.end):
+                found[place][name] = self.text.read(ids)
+                if len(found[place]) == len(styles):
+                    captions = found.pop(place)
+                    yield place, {name: captions[name] for name in styles}
+
+    def _begin(self, batches: Iterable[torch.Tensor], styles: dict[str, Style], greedy: dict[str, Style],
+               found: dict[int, dict[str, Caption]]) -> Iterator[Begun[tuple[int, str]]]:
+        """Encode images and read the prompts of greedy styles, the longest captions' first; write the other styles."""
+        longest_first = sorted(greedy, key=lambda name: -greedy[name].max_new_tokens)
+        prompts = [self.text.prompt_ids(greedy[name].prompt) for name in longest_first]
+        start = 0
+        for pixels in batches:
+            features = self.encode(pixels)
+            places = range(start, start + len(features))
+            start += len(features)
+            for name in styles.keys() - greedy.keys():
+                for place, caption in zip(places, self.caption(features, styles[name]), strict=True):
+                    found[place][name] = caption
+            for name, (cache, first) in zip(longest_first, read_prompts(self.base.language_model, features, prompts),
+                                            strict=True):
+                yield Begun([(place, name) for place in places], cache, first, greedy[name].max_new_tokens)
+
+    def _slots(self, styles: dict[str, Style], num_slots: int, like: torch.Tensor) -> Slots:
+        """Room for the longest of these styles; the same as for the images before, where that will do."""
+        longest = max(len(self.text.prompt_ids(style.prompt)) + self.text.decoding(style)["max_new_tokens"]
+                      for style in styles.values())
+        length = self.base.config.num_query_tokens + longest
+        if self.slots is None or (self.slots.num_slots, self.slots.length) != (num_slots, length):
+            self.slots = None  # before new ones take memory
+            self.slots = Slots(self.base.language_model, num_slots, length, like)
+        return self.slots
 
     def loss(self, features: torch.Tensor, prompts: list[str], captions: list[str]) -> torch.Tensor:
         if self.is_seq2seq:

@@ -12,8 +12,9 @@ from typing import Any, Self
 
 from PIL import Image
 
+from recap.captioners import Captioner
 from recap.captioners.text import Caption
-from recap.config import Style
+from recap.config import Draw, Style
 from recap.config.captioner import Captioner as CaptionerConfig
 from recap.errors import UserError
 from recap.openai_api import CONNECT_TIMEOUT, client_options, request_headers, without_key
@@ -31,7 +32,7 @@ MAX_LETTERS_PER_TOKEN = 32
 JPEG_MAX_SIDE = 65_500
 
 
-class Served:
+class Served(Captioner):
     """Captions in the words of a model that is served elsewhere. Features are the encoded pictures themselves."""
 
     def __init__(self, client: Any, server: str, model: str) -> None:
@@ -79,10 +80,11 @@ class Served:
 
     def _ask(self, url: str, style: Style) -> Caption:
         import openai
+        lot = {"temperature": style.temperature, "seed": style.seed} if isinstance(style, Draw) else {"temperature": 0}
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": style.prompt}]
         try:
             with self.client.chat.completions.with_streaming_response.create(
-                    model=self.model, messages=[{"role": "user", "content": content}], temperature=0,
+                    model=self.model, messages=[{"role": "user", "content": content}], **lot,
                     max_tokens=style.max_new_tokens, extra_headers=request_headers()) as response:
                 return _caption(_read(response), style)
         except openai.APIStatusError as error:

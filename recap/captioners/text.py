@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import LogitsProcessor
 from transformers.generation import NoRepeatNGramLogitsProcessor
 
-from recap.config import Style
+from recap.config import Draw, Style
 from recap.errors import UserError
 from recap.sample import visible
 
@@ -85,7 +85,7 @@ class Text:
         return None if self.max_length is None else self.max_length - len(self.prompt_ids(prompt)) - 1
 
     def decoding(self, style: Style, start: int = 0) -> dict[str, Any]:
-        """What a style asks of transformers' `generate`. Beams and greedy search: no caption is drawn by lot.
+        """What a style asks of transformers' `generate`: beams, greedy search, or a draw by lot, which it seeds.
 
         Args:
             style: asked for.
@@ -99,8 +99,12 @@ class Text:
             raise UserError(f"styles: max_new_tokens={style.max_new_tokens} after {style.prompt!r}, but this captioner "
                             f"has positions for {room}: lower it")
         rule = NoRepeat(style.no_repeat_ngram_size, start) if style.no_repeat_ngram_size else None
-        return {"max_new_tokens": style.max_new_tokens, "do_sample": False, "num_beams": style.num_beams,
-                "logits_processor": [rule] if rule else None}
+        lot: dict[str, Any] = {"do_sample": False}
+        if isinstance(style, Draw):
+            torch.manual_seed(style.seed)
+            lot = {"do_sample": True, "temperature": style.temperature, "top_k": 0, "top_p": 1.0}
+        return {"max_new_tokens": style.max_new_tokens, "num_beams": style.num_beams,
+                "logits_processor": [rule] if rule else None, **lot}
 
     def fit(self, caption: str, max_tokens: int) -> str:
         """The caption, cut at the last sentence end (else the last word) within `max_tokens`, if it is longer."""

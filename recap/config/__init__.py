@@ -59,20 +59,18 @@ class Style(Table):
     """A caption never repeats so many of its tokens in a row; 0 allows it."""
 
 
+class Draw(Style):
+    """A style whose caption is drawn by lot; no experiment file says so, relabelling asks for it after a fault."""
+
+    temperature: float
+    seed: int
+
+
 DEFAULT_STYLES = {
     "short": Style(prompt="A short caption:", max_new_tokens=32),
     "long": Style(prompt="A detailed caption:", max_new_tokens=96),
     "rich": Style(prompt="A rich description:", max_new_tokens=256),
 }
-
-
-class Relabel(Table):
-    shards: str | list[str] | None = None
-    """Shards to relabel; by default `data.shards`."""
-    batch_size: int = Field(16, ge=1)
-    mix: dict[str, float] = {"short": 1.0, "long": 1.0}
-    """Weights of the draw that `KEY.mix.txt` holds, for other trainers; ours draws anew in every epoch."""
-    seed: int = 0
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
