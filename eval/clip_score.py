@@ -74,10 +74,13 @@ class ClipScorer:
             raise ValueError(f"{len(images)} images for {len(texts)} texts")
         if not images:
             return np.zeros(0), 0
+        return self.score_embedded(self.embed_images(images), texts)
+
+    def score_embedded(self, image_vectors: np.ndarray, texts: list[str]) -> tuple[np.ndarray, int]:
+        """The same of images that are embedded already: (N, D), a row for each text."""
         parts = [self._parts(text) for text in texts]
         truncated = sum(any(not self._fits(part) for part in each) for each in parts)
         owner = np.repeat(np.arange(len(parts)), [len(each) for each in parts])
-        image_vectors = self.embed_images(images)
         text_vectors = self.embed_texts([part for each in parts for part in each])
         cosines = (image_vectors[owner] * text_vectors).sum(axis=1)
         totals = np.bincount(owner, weights=100 * np.maximum(cosines, 0), minlength=len(parts))

@@ -1,20 +1,31 @@
-"""Checks of captions that a chat model wrote from facts: whether they can be used, and what in them nobody saw.
+"""Checks of captions against facts: whether what a chat model wrote from them can be used, and what in it nobody saw.
 
 Only things and their numbers are compared with the facts: no colours, no positions, no actions. What is read here may
 be hostile, so of every text only a beginning is read, and no pattern takes more than linear time.
 """
 
-import html
+import functools
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Set
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from recap.caption_text import (
+    QUOTED,
+    WORD,
+    is_chatter,
+    is_refusal,
+    is_wordless,
+    length_faults,
+    normal,
+    repeats,
+    unquoted,
+    words_of,
+)
+from recap.config.relabel import ANY_LENGTH, LENGTHS
 from recap.facts import Facts
 from recap.nouns import NOUNS, PLURAL_ONLY, WIDER, Mention, Noun, mentions
-from recap.sample import visible
 
 PROBLEMS = {
     "empty": "a caption was empty",
@@ -28,71 +39,40 @@ PROBLEMS = {
 }
 """Problem → how the writer is told of it."""
 
-LENGTHS = {"short": (2, 30), "long": (5, 100), "rich": (5, 300)}
-ANY_LENGTH = (1, 300)
-"""In words, as LENGTHS, of other styles."""
-MAX_WORD = 20
-"""Letters that a word may have on average before a caption is too long, however few its words."""
-MAX_READ = 6000
-"""Characters of a caption or a fact that are read: more than a caption of 300 words has, or a writer is shown."""
-
 
 def problems(caption: str, style: str, facts: Facts) -> list[str]:
     """For which of PROBLEMS a caption can't be used, in their order; none is good."""
-    if not any(letter.isalpha() for letter in caption):
+    if is_wordless(caption):
         return ["empty"]
-    fewest, most = LENGTHS.get(style, ANY_LENGTH)
-    num_words = len(WORD.findall(caption))
-    text = _normal(caption)
+    text = normal(caption)
     checks: dict[str, Callable[[], bool]] = {
-        "too_short": lambda: num_words < fewest,
-        "too_long": lambda: num_words > most or len(caption) > most * MAX_WORD,
-        "not_english": lambda: _is_not_english(_unquoted(text)),
-        "chatter": lambda: CHATTER.search(_unquoted(text)) is not None,
-        "refusal": lambda: REFUSAL.search(_unquoted(text)) is not None,
-        "repetition": lambda: _repeats(text),
+        "not_english": lambda: _is_not_english(unquoted(text)),
+        "chatter": lambda: is_chatter(text),
+        "refusal": lambda: is_refusal(text),
+        "repetition": lambda: repeats(text),
         "obeys_text": lambda: _obeys(text, facts),
     }
-    return [problem for problem, is_found in checks.items() if is_found()]
+    return (length_faults(caption, *LENGTHS.get(style, ANY_LENGTH))
+            + [problem for problem, is_found in checks.items() if is_found()])
 
 
 def addresses_a_model(text: str) -> bool:
     """Whether a text from the web speaks to whoever captions the image, rather than of the image."""
-    return ADDRESSES_A_MODEL.search(_normal(text)) is not None
-
-
-# --- text ----------------------------------------------------------------------------------------------------------
-
-WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
-TOKEN = re.compile(rf"{WORD.pattern}|[^\w\s]")
-QUOTED = re.compile(r'“[^“”]*”|"[^"]*"')
-SENTENCE_END = re.compile(r"[.!?](?:\s|$)")
-
-
-def _normal(text: str) -> str:
-    """The beginning of a text in lower case on one line, without the tricks that Unicode and HTML allow."""
-    text = unicodedata.normalize("NFKC", html.unescape(visible(text[:20 * MAX_READ])[:MAX_READ]))
-    return visible(text.casefold().replace("’", "'").replace("‘", "'"))
-
-
-def _words(text: str) -> list[str]:
-    return [word.removesuffix("'s") for word in WORD.findall(text)]
-
-
-def _unquoted(text: str) -> str:
-    """A text without its quotations, for writing in an image may say anything; a text that is all one is itself."""
-    return text if QUOTED.fullmatch(text.strip()) else QUOTED.sub('""', text)
+    return ADDRESSES_A_MODEL.search(normal(text)) is not None
 
 
 def _set(words: str) -> frozenset[str]:
     return frozenset(words.split())
 
 
+TOKEN = re.compile(rf"{WORD.pattern}|[^\w\s]")
+
+
 def _labels(facts: Facts) -> set[str]:
     return {each.label for each in facts.objects} | {each.label for each in facts.tags}
 
 
-# --- English, chatter, refusals ------------------------------------------------------------------------------------
+# --- English -------------------------------------------------------------------------------------------------------
 
 ENGLISH = _set("""
 a about above across after against all along also among an and another are around as at away back be been before
@@ -117,67 +97,9 @@ def _is_not_english(text: str) -> bool:
     num_latin = sum(letter < "\u0250" or "\u1e00" <= letter <= "\u1eff" for letter in letters)
     if num_latin < 0.8 * len(letters):
         return True
-    words = _words(text)
+    words = words_of(text)
     num_english, num_foreign = (sum(word in some for word in words) for some in (ENGLISH, FOREIGN))
     return len(words) >= 6 and (num_english < 0.05 * len(words) or num_foreign > num_english)
-
-
-CHATTER = re.compile(r"""
-    ^[\s"]*(?:sure|certainly|of\ course|okay|ok|absolutely|great|alright)\b\s*[!,.:]
-  | \bhere(?:'s|\ is|\ are)\ (?:the|your|a|an|my|some|three|two)\ (?:\w+\ ){0,2}
-      (?:captions?|descriptions?|json|summary|answers?|alt[-\ ]text)\b
-  | \bi\ (?:hope|have\ (?:written|created|generated|described)|(?:will|would)\ (?:describe|write))\b
-  | \blet\ me\ know\b | \bfeel\ free\b | \bas\ requested\b
-  | \bas\ an?\ (?:ai|artificial|(?:large\ )?language|assistant)\b
-  | \b(?:language|vision)\ models?\b | \bai\ (?:model|assistant|language)\b | \byou\ cannot\ see\b
-  | \bmy\ (?:task|instructions|answer|response|training)\b
-  | \b(?:based\ on|according\ to|given|judging\ (?:by|from))\ the\ (?:\w+\ )?
-      (?:facts?|findings?|data|information|detections?|objects|tags|descriptions?|models?|experts?|metadata|captions?)\b
-  | \bthe\ (?:provided|given|supplied|above)\ (?:facts?|findings?|data|information|objects|tags|text|image)\b
-  | \bthe\ (?:facts|findings|detections)\b | \bdetected\ (?:objects?|by|with)\b | \bobject\ detect
-  | \bbounding[\ -]box | \bconfidence\ (?:scores?|levels?|of\ 0)\b | \bwith\ a\ (?:score|confidence)\ of\b
-  | \balt(?:ernative)?[-\ _]text\b | \b(?:image|revised|rewritten|requested|final)\ captions?\b | \bcaptioning\ model
-  | \b(?:this|my|your|following)\ captions?\b
-  | \bthe\ captions?\ (?:describes?|must|should|would|combines?|based|(?:for|of)\ (?:the|this)\ (?:image|photo))\b
-  | ```|\*\*|[{}]|^\s*[#*•]|</?[a-z]+> | ^\s*(?:short|long|rich|captions?|output|answer|description)\s*:
-  | (?:^|[.!?]\s+)\(?(?:please\ )?note(?:\ that\b|:) | \bplease\ note\b
-    """, re.VERBOSE)
-"""What a model says of itself, its task, its sources; or what is left of an answer's form."""
-
-REFUSAL = re.compile(r"""
-    \bi\ (?:cannot|can't|can\ not|could\ not|couldn't|am\ unable|am\ not\ able|am\ sorry|apologi[sz]e|do\ not\ have|
-      don't\ have|don't\ see|do\ not\ see|won't|will\ not)\b
-  | \bi'm\ (?:sorry|unable|not\ able|afraid)\b | ^\s*(?:sorry|apologies|unable\ to)\b
-  | \b(?:unable|not\ able)\ to\ (?:describe|assist|help|provide|generate|comply|fulfil|see\ (?:the|this|an|any)\ image|
-      view\ (?:the|this)\ image|(?:access|determine\ the\ content))
-  | \bcannot\ (?:assist|help\ with|comply|provide|fulfil|be\ described|describe)
-  | \bno\ (?:image|facts|information|data)\ (?:(?:was|is|were|are|has\ been|have\ been)\ )?
-      (?:provided|given|attached|available|supplied)\b
-    """, re.VERBOSE)
-
-
-# --- repetition ----------------------------------------------------------------------------------------------------
-
-MIN_DISTINCT = 0.25
-"""Share of distinct words below which a caption of 20 words or more repeats itself."""
-
-
-def _repeats(text: str) -> bool:
-    sentences = [" ".join(_words(sentence)) for sentence in SENTENCE_END.split(text)]
-    told = [sentence for sentence in sentences if sentence.count(" ") >= 2]
-    words = _words(text)
-    return (len(set(told)) < len(told) or any(_is_looped(words, period) for period in range(1, 9))
-            or (len(words) >= 20 and len(set(words)) < MIN_DISTINCT * len(words)))
-
-
-def _is_looped(words: list[str], period: int) -> bool:
-    """Whether a run of so many words comes three times in a row; a run of one or two words, four times."""
-    needed, run = period * (3 if period <= 2 else 2), 0
-    for before, word in zip(words, words[period:], strict=False):
-        run = run + 1 if before == word else 0
-        if run == needed:
-            return True
-    return False
 
 
 # --- instructions in the facts -------------------------------------------------------------------------------------
@@ -229,15 +151,15 @@ def _obeys(caption: str, facts: Facts) -> bool:
 
     What can be read in the image may be quoted, unless it addresses a model.
     """
-    writing = {_normal(text) for text in facts.text}
-    texts = writing | {_normal(text) for text in [*_labels(facts), *(each.text for each in facts.sentences)]}
+    writing = {normal(text) for text in facts.text}
+    texts = writing | {normal(text) for text in [*_labels(facts), *(each.text for each in facts.sentences)]}
     strong = {text for text in texts if ADDRESSES_A_MODEL.search(text)}
     orders = strong | {text for text in texts if ORDERS.search(text)}
     caption = _without_quotations(caption, writing - strong)
     if _addresses(caption) & {address for text in texts for address in _addresses(text)}:
         return True
-    innocent = NO_PAYLOAD.union(*(_words(text) for text in texts - orders))
-    said = f" {' '.join(_words(caption))} "
+    innocent = NO_PAYLOAD.union(*(words_of(text) for text in texts - orders))
+    said = f" {' '.join(words_of(caption))} "
     payloads = {payload for text in orders for payload in _payloads(text, text in strong)}
     return any(not innocent.issuperset(payload) and f" {' '.join(payload)} " in said for payload in payloads)
 
@@ -259,11 +181,11 @@ def _addresses(text: str) -> set[str]:
 
 def _payloads(order: str, strong: bool) -> Iterator[tuple[str, ...]]:
     """What an instruction wants said, as runs of words; of a mere imperative only the whole."""
-    words = _words(order)
+    words = words_of(order)
     yield from zip(*(words[skip:] for skip in range(RUN)), strict=False)
-    yield from (tuple(_words(found[0])) for found in QUOTED_ANYHOW.finditer(order))
+    yield from (tuple(words_of(found[0])) for found in QUOTED_ANYHOW.finditer(order))
     for found in (TELLING if strong else ORDERS).finditer(order):
-        told = _words(CLAUSE_END.split(order[found.end():found.end() + 100].lstrip(": "))[0])
+        told = words_of(CLAUSE_END.split(order[found.end():found.end() + 100].lstrip(": "))[0])
         if strong:
             yield from ((word,) for word in told if word not in NO_PAYLOAD)
         else:
@@ -291,20 +213,62 @@ def ungrounded(caption: str, facts: Facts) -> list[str]:
     quotation of the facts states nothing.
     """
     hearsay = [each.text for each in facts.sentences if not each.reliable]
-    words = _tokens(_without_quotations(_normal(caption), {_normal(text) for text in [*facts.text, *hearsay]}))
+    words = _tokens(_without_quotations(normal(caption), {normal(text) for text in [*facts.text, *hearsay]}))
     stated, seen, counts = _stated(words), _seen(facts), Counts.of(facts)
-    found: list[str] = []
+    found = _unseen(stated, seen)
+    for mention in stated:
+        if mention.noun.kinds & seen and (number := Number.before(mention, words)):
+            is_only_one = sum(bool(each.noun.kinds & mention.noun.kinds) for each in stated) == 1
+            if not counts.bear_out(number, mention.noun, is_only_one):
+                found.append(replace(mention, start=number.start))
+    return _said(found, words)
+
+
+def undetected(caption: str, found: Iterable[str], labels: frozenset[str]) -> list[str]:
+    """The things that a caption states and a detector should have found and has not, as `ungrounded` writes them.
+
+    A word counts where whatever it may mean has a label: the dog and the duck of a detector of dogs and birds, not the
+    animal, which may be a third, nor the chicken, which may be food. What is quoted states nothing.
+
+    Args:
+        caption: as it is.
+        found: labels of what was found in the image.
+        labels: all that the detector has.
+    """
+    named = {kind for label in found for mention in mentions(_tokens(normal(label))) for kind in mention.noun.kinds}
+    seen = {kind for kind, wider in WIDER.items() if named & wider}.union(*(WIDER[kind] for kind in named))
+    words = _tokens(unquoted(normal(caption)))
+    return _said(_unseen(_stated(words), seen | _beyond(labels)), words)
+
+
+@functools.cache
+def _beyond(labels: frozenset[str]) -> frozenset[str]:
+    """The kinds of things that may be there though a detector of these labels finds none.
+
+    A label that is the name of a kind, and of no other, is found for all of the kind and for special ones; one that
+    names a part of a kind (a dining table) is found for that part at most, so that nothing can be concluded.
+    """
+    nouns = {NOUNS.get(tuple(_tokens(normal(label)))) for label in labels}
+    known = {noun.lemma for noun in nouns if noun and noun.kinds == {noun.lemma}}
+    return frozenset(kind for kind, wider in WIDER.items() if not (wider & known) or any(
+        not WIDER[each] & known and not any(each in WIDER[other] for other in wider & known) for each in wider))
+
+
+def _unseen(stated: list[Mention], seen: Set[str]) -> list[Mention]:
+    """The first mention of everything that is of none of the kinds seen."""
+    found: list[Mention] = []
     missing: set[str] = set()
     for mention in stated:
         if not mention.noun.kinds & seen:
             if not mention.noun.kinds & missing:
-                found.append(" ".join(words[mention.start:mention.end]))
+                found.append(mention)
             missing |= mention.noun.kinds
-        elif number := Number.before(mention, words):
-            is_only_one = sum(bool(each.noun.kinds & mention.noun.kinds) for each in stated) == 1
-            if not counts.bear_out(number, mention.noun, is_only_one):
-                found.append(" ".join(words[number.start:mention.end]))
-    return list(dict.fromkeys(found))
+    return found
+
+
+def _said(found: list[Mention], words: list[str]) -> list[str]:
+    """What the mentions are in words, in their order, each once."""
+    return list(dict.fromkeys(" ".join(words[each.start:each.end]) for each in sorted(found, key=lambda one: one.end)))
 
 
 def _tokens(text: str) -> list[str]:
@@ -322,7 +286,7 @@ def _stated(words: list[str]) -> list[Mention]:
 
 def _seen(facts: Facts) -> set[str]:
     """The kinds of things that experts name, and all that are more general."""
-    texts = {_normal(text) for text in [*_labels(facts), *(each.text for each in facts.sentences if each.reliable)]}
+    texts = {normal(text) for text in [*_labels(facts), *(each.text for each in facts.sentences if each.reliable)]}
     both = texts | {text.replace("-", " ") for text in texts}
     found = {mention.noun for text in both for mention in mentions(_tokens(text))}
     return {wider for noun in found for kind in noun.kinds for wider in WIDER[kind]}
@@ -380,7 +344,7 @@ class Counts:
     def of(cls, facts: Facts) -> "Counts":
         labels = Counter(each.label for each in facts.objects)
         heads = [(_head(label), count) for label, count in labels.items()]
-        sentences = [_tokens(_normal(sentence.text)) for sentence in facts.sentences if sentence.reliable]
+        sentences = [_tokens(normal(sentence.text)) for sentence in facts.sentences if sentence.reliable]
         said = [(mention.noun, Number.before(mention, words)) for words in sentences for mention in mentions(words)]
         return cls([(head, count) for head, count in heads if head],
                    [(noun, number.value) for noun, number in said if number])
@@ -403,7 +367,7 @@ class Counts:
 
 def _head(label: str) -> Noun | None:
     """What a label is: of a `park bench`, the bench."""
-    words = _tokens(_normal(label))
+    words = _tokens(normal(label))
     return next((mention.noun for mention in mentions(words) if mention.end == len(words)), None)
 
 

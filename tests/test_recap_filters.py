@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recap.facts import Facts, Object, Sentence, Tag
-from recap.filters import PROBLEMS, problems, ungrounded
+from recap.filters import PROBLEMS, problems, undetected, ungrounded
 from recap.llm import Scene
 from recap.llm.template import TemplateWriter
 from recap.nouns import AMBIGUOUS, NOUNS, WIDER
@@ -192,6 +192,35 @@ def test_numbers_are_compared_with_the_boxes_or_what_experts_say(caption: str, f
     facts = Facts(seen("cat", "cat", "cat", "dog", "scissors", "bird", *["person"] * 3).objects, [Tag("tree", 0.5)],
                   [Sentence("two birds in the trees, two people", "blip2"), Sentence("three birds", "alt_text", False)])
     assert ungrounded(caption, facts) == found
+
+
+@pytest.mark.parametrize(("caption", "found", "missing"), [
+    ("A cat and a dog.", ["cat"], ["dog"]), ("A puppy and two kittens, a dog.", [], ["puppy", "kittens"]),
+    ("A man and a woman in a sedan.", ["person", "car"], []), ("A man in a sedan.", ["dog"], ["man", "sedan"]),
+    ("A lamp, a tree and a duvet.", [], []), ("An animal, a vehicle and some food.", [], []),
+    ("A duck.", ["bird"], []), ("A duck.", [], ["duck"]), ("Grilled chicken.", [], []), ("A desk and a ball.", [], []),
+    ("Three cats.", ["cat"], []), ("A mouse on a bike by a motorcycle.", [], []), ("A car without a cat.", ["car"], []),
+    ('A sign that reads "beware of the dog".', [], []), ("A cat's tail.", [], ["cat"]), ("", ["cat"], []),
+])
+def test_only_what_a_detector_of_coco_should_have_found_is_missing(caption: str, found: list[str],
+                                                                   missing: list[str]) -> None:
+    assert undetected(caption, found, frozenset({*LABELS, "N/A"})) == missing
+
+
+def test_most_labels_of_coco_are_missed_where_they_are_not_found() -> None:
+    vague = {"motorcycle", "traffic light", "mouse"}  # of several kinds of things
+    parts = {"sports ball", "baseball glove", "dining table"}
+    adjectives_and_verbs = {"orange", "remote", "skis"}
+    for label in LABELS:
+        is_missed = undetected(f"A photo with {label}.", [], frozenset(LABELS)) == [label]
+        assert is_missed is (label not in vague | parts | adjectives_and_verbs), label
+        assert undetected(f"A photo with {label}.", [label], frozenset(LABELS)) == []
+
+
+def test_labels_of_other_detectors_are_read_as_far_as_they_are_known() -> None:
+    assert undetected("A puppy and a zebra.", [], frozenset({"Animal", "small red circle"})) == ["puppy", "zebra"]
+    assert undetected("A puppy and a zebra.", ["Animal"], frozenset({"Animal", "small red circle"})) == []
+    assert undetected("A puppy in a pram.", [], frozenset({"dog house", "LABEL_0", ""})) == []
 
 
 def test_the_nouns_hold_coco_and_every_kind_that_they_name() -> None:
