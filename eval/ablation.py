@@ -26,7 +26,8 @@ from recap.errors import UserError
 from recap.pairs import usable
 from recap.pipeline import Experiment, Inputs, Plan, Stage, captioner_checkpoint
 from recap.rundir import lock
-from recap.shards import read_shard, write_bytes, write_json
+from recap.shards import read_shard
+from recap.storage import write_bytes, write_json
 from recap.variants import variant
 
 SEED = 0

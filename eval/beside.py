@@ -17,7 +17,7 @@ from eval.judge import METRIC
 from eval.measures import measures_of
 from eval.verdict import Findings
 from recap.errors import UserError
-from recap.shards import identity
+from recap.storage import identity
 
 WHERE = "report.beside"
 MAX_BYTES = 20_000_000

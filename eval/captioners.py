@@ -21,7 +21,7 @@ from recap.errors import UserError
 from recap.finetune import read_test_images
 from recap.pipeline import Experiment, Plan
 from recap.rundir import lock
-from recap.shards import write_bytes, write_json
+from recap.storage import write_bytes, write_json
 from recap.variants import stitch, variant
 
 SEED = 0

@@ -18,7 +18,7 @@ from recap.config.finetune import Augment
 from recap.pairs import Pair, open_image
 from recap.pipeline import Experiment, Plan, Stage, captioner_checkpoint, given_tuned
 from recap.rundir import StageDir
-from recap.shards import write_json
+from recap.storage import write_json
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from recap import progress
 from recap.errors import UserError
 from recap.pretrained import load_pretrained
 from recap.rundir import StageDir, digest, folder_identity
-from recap.shards import Reject, expand, identity, write_bytes, write_json
+from recap.shards import Reject, expand
+from recap.storage import identity, write_bytes, write_json
 
 REFERENCE_FILE = "reference.npz"
 FEATURES_FILE = "features.npz"

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -125,7 +124,7 @@ def shorten(text: str) -> Text:
 # --- captions ------------------------------------------------------------------------------------------------------
 
 
-def captions(shards: list[Path], styles: list[str], num_cards: int) -> list[Card]:
+def captions(shards: list[str], styles: list[str], num_cards: int) -> list[Card]:
     """`num_cards` cards to show: the samples of the smallest hashes, of those that were read."""
     chosen: list[tuple[str, Sample]] = []
     for sample in _some_samples(shards):
@@ -143,12 +142,12 @@ def _smallest(count: int, found: list[tuple[str, Sample]]) -> list[tuple[str, Sa
     return heapq.nsmallest(count, found, key=lambda pair: pair[0])
 
 
-def _some_samples(shards: list[Path]) -> Iterator[Sample]:
+def _some_samples(shards: list[str]) -> Iterator[Sample]:
     """Whole shards until there are enough: no shard's beginning is preferred, and no large data set is read whole."""
     num_seen = 0
-    for shard in sorted(shards, key=lambda path: hash_of(shard_name(str(path)))):
+    for shard in sorted(shards, key=lambda shard: hash_of(shard_name(shard))):
         rejects: list[Reject] = []
-        for sample in read_shard(str(shard), rejects):
+        for sample in read_shard(shard, rejects):
             num_seen += 1
             yield sample
         if num_seen >= ENOUGH_SAMPLES:

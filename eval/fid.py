@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from recap.errors import UserError
-from recap.shards import write_bytes
+from recap.storage import write_bytes
 
 SCHEMA = 1
 

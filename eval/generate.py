@@ -13,7 +13,7 @@ from eval.prompts import PROMPTS_FILE, Prompt, load_prompts
 from recap import progress
 from recap.config import Model
 from recap.rundir import StageDir
-from recap.shards import write_bytes
+from recap.storage import write_bytes
 from train_t2i.sample import draw, image_seed, load_pipeline, num_windows, plan
 
 

@@ -13,7 +13,7 @@ from eval.measures import measures_of
 from eval.report import settings
 from eval.verdict import Findings
 from recap.errors import UserError
-from recap.shards import write_bytes
+from recap.storage import write_bytes
 
 SCHEMA = 1
 REFERENCE = "reference/reference.npz"

@@ -20,7 +20,7 @@ from eval.measures import FID, NONE, Measure, measures_of, signed
 from eval.verdict import Findings, for_terminal, p_text, verdict
 from recap.errors import UserError
 from recap.rundir import StageDir
-from recap.shards import write_bytes, write_json
+from recap.storage import write_bytes, write_json
 
 SCHEMA = 1
 MAX_COMPARISONS = 500
@@ -40,9 +40,9 @@ class ReportInput:
     styles: list[str]
     """Caption styles that relabelling added."""
     runs: list[Run]
-    relabelled: list[Path]
+    relabelled: list[str]
     """Relabelled shards; none where the experiment brought its own."""
-    stitched: list[Path] = field(default_factory=list)
+    stitched: list[str] = field(default_factory=list)
     """Shards with the stitched captions that the captioner was tuned on."""
     reference: list[str] = field(default_factory=list)
     """Shards of the real images, where it is shards."""
@@ -101,9 +101,8 @@ def find(content: ReportInput) -> Findings:
 
 def _sources(content: ReportInput, config: Report) -> list[Source]:
     """Where captions are read from: before, after, and what people would write."""
-    stitched, relabelled = ([str(path) for path in paths] for paths in (content.stitched, content.relabelled))
-    return [Source("alt-text", relabelled, ["alt"]), Source("stitched", stitched, content.styles),
-            Source("relabelled", relabelled, content.styles),
+    return [Source("alt-text", content.relabelled, ["alt"]), Source("stitched", content.stitched, content.styles),
+            Source("relabelled", content.relabelled, content.styles),
             Source("references", content.reference if config.references else [], config.references)]
 
 
@@ -265,7 +264,8 @@ def _flows(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         known = {"images_in", "images_out", "quarantined", "seconds", "fingerprint"}
         others = {name.replace("_", " "): value for name, value in result.items()
                   if name not in known and isinstance(value, int | float) and not isinstance(value, bool)}
-        others |= {name.replace("_", " "): value for name, value in result.get("flags", {}).items()}
+        named = result.get("flags", {}) | (result["captions"] if stage == "relabel" and "captions" in result else {})
+        others |= {name.replace("_", " ").replace("/", ": "): value for name, value in named.items()}
         quarantined = result.get("quarantined") or {}
         flows.append({"stage": stage, "in": result.get("images_in"), "out": result.get("images_out"), "others": others,
                       "quarantined": sorted(quarantined.items(), key=lambda pair: -pair[1])})

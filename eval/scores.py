@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from recap.errors import UserError
-from recap.shards import write_json
+from recap.storage import write_json
 
 SCHEMA = 1
 

@@ -19,8 +19,8 @@ from recap.llm.server import read_answer
 from recap.openai_api import without_key
 from recap.pipeline import Experiment, Plan
 from recap.sample import visible
-from recap.shards import write_bytes
 from recap.stitch import scenes_of
+from recap.storage import write_bytes
 
 MAX_REQUESTS, MAX_BYTES = 50_000, 200_000_000
 """Of a file, as OpenAI takes it."""

@@ -19,7 +19,8 @@ from recap.caption_formats import READERS, SHAPES, CaptionsFile
 from recap.config.finetune import Dataset
 from recap.errors import BadSample, UserError
 from recap.sample import IMAGE_EXTENSIONS, decode_text
-from recap.shards import MAX_MEMBER_BYTES, Reject, is_local, read_shard
+from recap.shards import MAX_MEMBER_BYTES, Reject, read_shard
+from recap.storage import is_local
 
 MAX_CAPTIONS_BYTES = 2**30
 """Of a captions file, which is read whole; one for all of COCO has some 100 MB."""

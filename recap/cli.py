@@ -94,27 +94,72 @@ def _add_stage(verb: str, summary: str) -> None:
     app.command(verb, help=summary)(command)
 
 
-for _verb, _summary in {
-    "stitch": "Write captions from what vision models see in the images.",
-    "finetune": "Tune the captioner on stitched captions.",
-    "relabel": "Add the captioner's captions to shards.",
-    "train": "Fine-tune Stable Diffusion, once for every seed and arm.",
-    "generate": "Draw the prompts with every arm.",
-    "reference": "Compute the statistics of the real images that FID compares with.",
-    "evaluate": "Score what every arm drew.",
-    "report": "Write the report.",
-}.items():
-    _add_stage(_verb, _summary)
+_add_stage("stitch", "Write captions from what vision models see in the images.")
+_add_stage("finetune", "Tune the captioner on stitched captions.")
 
 
-def _run(verb: str | None, config: Path, overrides: list[str] | None, dry_run: bool, redo: bool) -> None:
+@app.command()
+def relabel(
+    config: ConfigFile, overrides: Overrides = None, redo: Redo = False,
+    go_on: Annotated[bool, typer.Option("--go-on", help="Keep finished shards of other settings; relabel the rest.")]
+    = False,
+) -> None:
+    """Add the captioner's captions to shards."""
+    _run("relabel", config, overrides, False, redo, go_on)
+
+
+@app.command()
+def status(config: ConfigFile, overrides: Overrides = None) -> None:
+    """How far a relabelling has got that goes on elsewhere."""
+    from recap import pipeline
+    from recap.config import load
+    from recap.status import status as read
+    print(read(pipeline.Plan(load(config, overrides or [], pipeline.Experiment)).root / "relabel"))
+
+
+@app.command()
+def show(
+    shards: Annotated[list[str], typer.Argument(help="Shards, relabelled or not, or parquets of captions only.")],
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many samples.")] = 5,
+    key: Annotated[list[str] | None, typer.Option(help="Show the samples of these keys.")] = None,
+    only_flagged: Annotated[bool, typer.Option("--only-flagged", help="Those with a caption at fault.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the draw of samples.")] = 0,
+    page: Annotated[Path | None, typer.Option(help="Write an HTML page with the images to this file.")] = None,
+) -> None:
+    """Captions before and after, and what is said of them."""
+    from recap.show import show as run
+    print(run(shards, num, key, only_flagged, seed, page, sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+
+
+@app.command()
+def card(
+    folder: Annotated[str, typer.Argument(help="Folder or URL that `recap relabel` wrote to.")],
+    reference: Annotated[str | None, typer.Option(help="Captions to compare with: a .txt, or shards.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Of the reference's captions, e.g. alt.")] = None,
+    clip: Annotated[str | None, typer.Option(help="The open_clip model that compares them.")] = None,
+    device: Annotated[str, typer.Option(help="Of that model.")] = "cpu",
+) -> None:
+    """Write the data card of a relabelled set anew."""
+    from recap.data_card import make_card
+    print(make_card(folder, reference, kind, clip, device))
+
+
+_add_stage("train", "Fine-tune Stable Diffusion, once for every seed and arm.")
+_add_stage("generate", "Draw the prompts with every arm.")
+_add_stage("reference", "Compute the statistics of the real images that FID compares with.")
+_add_stage("evaluate", "Score what every arm drew.")
+_add_stage("report", "Write the report.")
+
+
+def _run(verb: str | None, config: Path, overrides: list[str] | None, dry_run: bool, redo: bool,
+         go_on: bool = False) -> None:
     from recap import pipeline
     from recap.config import load
     exp = load(config, overrides or [], pipeline.Experiment)
     if dry_run:
         pipeline.dry_run(exp)
     else:
-        pipeline.run(exp, verb, redo)
+        pipeline.run(exp, verb, redo, go_on)
 
 
 @app.command()

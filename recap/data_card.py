@@ -32,8 +32,9 @@ from recap.caption_statistics import (
 )
 from recap.errors import UserError
 from recap.shard_work import total
-from recap.shards import exists, expand, write_bytes, write_json
+from recap.shards import expand
 from recap.show import Row, Text, plain, ways
+from recap.storage import exists, write_bytes, write_json
 
 NUM_EXAMPLES = 5
 SETTINGS = ("captioner", "styles", "relabel")

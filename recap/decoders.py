@@ -36,6 +36,7 @@ class Decoders:
             timeout: seconds for one image.
         """
         self.timeout = timeout
+        self._is_closed = False
         self._free: queue.LifoQueue[Any] = queue.LifoQueue()
         for _ in range(num_processes):
             self._free.put(None)
@@ -44,10 +45,16 @@ class Decoders:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the processes that are free; one that is at work ends with its image."""
-        while not self._free.empty():
-            if process := self._free.get():
+        """End the processes that are free; one at work ends with its image. No thread waits for one any more."""
+        self._is_closed = True
+        free = []
+        with suppress(queue.Empty):
+            while True:
+                free.append(self._free.get_nowait())
+        for process in free:
+            if process:
                 _end(process)
+            self._free.put(None)
 
     def decode(self, data: bytes) -> Image.Image:
         """As `decode_image`.
@@ -70,11 +77,13 @@ class Decoders:
     def _process(self) -> Iterator[Any]:
         process = self._free.get()
         try:
+            if self._is_closed:
+                raise RuntimeError("these decoders are closed")
             if process is None:
                 process = self._start()
             yield process
         finally:
-            if process and process.poll() is not None:
+            if process and (self._is_closed or process.poll() is not None):
                 _end(process)
                 process = None
             self._free.put(process)

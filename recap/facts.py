@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recap.shards import write_bytes
+from recap.storage import write_bytes
 
 SAME_OBJECT_IOU = 0.6
 """Boxes of one label that overlap by so much are taken for one object, seen by two experts."""

@@ -15,12 +15,13 @@ from PIL import Image
 from recap import progress
 from recap.config import Data
 from recap.config.stitch import Stitch
+from recap.decoders import Decoders
 from recap.errors import BadSample, UserError
 from recap.experts import Expert, View, open_expert
 from recap.facts import Found, read_facts, write_facts
 from recap.rundir import StageDir
 from recap.sample import Sample
-from recap.shard_work import Decoded, Stats, batches, in_background, once, stats_of, total
+from recap.shard_work import NUM_DECODERS, Decoded, Stats, batches, decoded, in_background, once, stats_of, total
 from recap.shards import Reject, shard_name
 
 T = TypeVar("T")
@@ -51,8 +52,9 @@ def run(stage: StageDir, name: str, tagger: Path | None, shards: list[str], conf
     """
     found: list[Stats] = []
     wanted = config.num_images
-    with progress.bar(name, config.num_images) as bar:
-        look = Look(stage.path, lambda: open_expert(name, config, device), tagger, config.batch_size, data, bar)
+    with progress.bar(name, config.num_images) as bar, Decoders(NUM_DECODERS) as decoders:
+        look = Look(stage.path, lambda: open_expert(name, config, device), tagger, config.batch_size, data, decoders,
+                    bar)
         for shard in shards:
             stats, new = once(stage, shard, functools.partial(look.shard, wanted=wanted))
             found.append(stats)
@@ -102,6 +104,7 @@ class Look:
     """Facts of another expert, whose tags this one looks for."""
     batch_size: int
     data: Data
+    decoders: Decoders
     bar: Any
     clock: Clock = field(default_factory=Clock)
 
@@ -116,8 +119,8 @@ class Look:
         rejects: list[Reject] = []
         found: list[Found] = []
         tags = _tags(self.tagger / f"{shard_name(shard)}.parquet") if self.tagger else {}
-        decoded = batches(shard, self.batch_size, self.data, rejects, wanted)
-        for shown, inputs in self.clock.waiting_for(in_background(self._prepare(batch, tags) for batch in decoded)):
+        samples = batches(decoded(shard, self.data, self.decoders, rejects), self.batch_size, wanted)
+        for shown, inputs in self.clock.waiting_for(in_background(self._prepare(batch, tags) for batch in samples)):
             found += [Found(*image, facts) for image, facts in zip(shown, expert.look(inputs), strict=True)]
             self.clock.num_images += len(shown)
             self.bar.update(len(shown))

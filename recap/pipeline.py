@@ -7,9 +7,6 @@ A stage whose input the experiment file names itself needs no stage before it, a
 
 import difflib
 import importlib
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -27,19 +24,21 @@ from eval.prompts import prompt_inputs, prompt_sets
 from eval.scores import check_sets, headline_sets
 from recap import pretrained, progress
 from recap.caption_sets import places
-from recap.config import DEFAULT_STYLES, Data, Model, Name, Relabel, RunName, Style, Table
+from recap.config import DEFAULT_STYLES, Data, Model, Name, RunName, Style, Table
 from recap.config.captioner import Captioner, Part
 from recap.config.finetune import Dataset, Finetune
+from recap.config.relabel import Relabel
 from recap.config.stitch import ClipTags, Ram, Stitch, Tag2text
 from recap.config.sweep import Sweep
+from recap.environment import environment
 from recap.errors import UserError
 from recap.experts.settings import check_names, check_settings, read_tags
 from recap.llm.prompt import read_prompt
-from recap.rundir import StageDir, digest, folder_identity, lock
-from recap.shards import expand, identity
+from recap.outputs import written
+from recap.rundir import StageDir, Stale, digest, folder_identity, lock
+from recap.shards import expand, shard_name
+from recap.storage import identity
 from train_t2i.config import DEFAULT_ARMS, Arm, Train
-
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "webdataset", "open_clip_torch", "clean-fid")
 
 
 class Experiment(Table):
@@ -137,25 +136,36 @@ class Inputs:
         return [identity(url) for url in self.urls]
 
 
-def run(exp: Experiment, verb: str | None = None, redo: bool = False) -> None:
-    """Do what is not yet done: every stage, or those of one verb."""
-    chosen = [stage for stage in Plan(exp).stages() if verb in (None, stage.verb)]
+def run(exp: Experiment, verb: str | None = None, redo: bool = False, go_on: bool = False) -> None:
+    """Do what is not yet done: every stage, or those of one verb.
+
+    Args:
+        exp: what to do.
+        verb: of the stages; by default all.
+        redo: delete and make again what was made with other settings or inputs, instead of refusing to run.
+        go_on: keep relabelled shards of other settings, and relabel those that are missing.
+    """
+    if redo and go_on:
+        raise UserError("--redo makes again what was made with other settings, --go-on keeps it: give one of them")
+    plan = Plan(exp, "redo" if redo else "go_on" if go_on else "refuse")
+    chosen = [stage for stage in plan.stages() if verb in (None, stage.verb)]
     if not chosen:
         raise UserError(f"nothing to {verb}: this experiment names that stage's result itself")
-    if progress.num_processes() > 1 and (redo or {stage.verb for stage in chosen} - {"train", "finetune"}):
-        raise UserError("only `recap finetune` and `recap train`, without --redo, run in several processes: run the "
-                        "rest in one, before or after")
+    several = {"finetune", "relabel", "train"}
+    if progress.num_processes() > 1 and (redo or {stage.verb for stage in chosen} - several):
+        raise UserError("only `recap finetune`, `recap relabel` and `recap train`, without --redo, run in several "
+                        "processes: run the rest in one, before or after")
     for stage in chosen:
         stage.dir  # noqa: B018  (what is missing is said now, not after hours of the stages before)
     with lock(Path(exp.runs) / exp.name):
         for place, stage in enumerate(chosen, 1):
-            do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", redo)
+            do(stage, f"[{place}/{len(chosen)}] {_label(exp, stage)}", redo, go_on and stage.verb == "relabel")
     if summary := chosen[-1].dir.result().get("summary"):
         print(f"\n{summary}\n\nThe report: {chosen[-1].path / 'index.html'}")
 
 
-def do(stage: Stage, label: str, redo: bool) -> None:
-    """Do one stage, unless it is done; what stands there of other settings is refused, or with `redo` made again."""
+def do(stage: Stage, label: str, redo: bool, go_on: bool = False) -> None:
+    """Do one stage, unless it is done; one of other settings is refused, or made again, or gone on with."""
     state = stage.dir.state()
     if state == "done":
         progress.say(f"{label}: done before")
@@ -164,7 +174,7 @@ def do(stage: Stage, label: str, redo: bool) -> None:
         if (found := need.dir.state()) != "done":
             why = f"was made with other settings ({need.dir.changes()[0]})" if found == "changed" else "is not done"
             raise UserError(f"{stage.verb}: {need.path} {why}: run `recap {need.verb} -c …` first, or `recap run -c …`")
-    if state == "changed":
+    if state == "changed" and not go_on:
         _refuse_or_clear(stage, redo)
     if digest(stage.reads()) != stage.dir.fingerprint:  # found out hours after the start, perhaps
         raise UserError(f"{label}: a checkpoint or an input of {stage.verb} has changed since this command began: "
@@ -182,8 +192,9 @@ def _refuse_or_clear(stage: Stage, redo: bool) -> None:
     if not redo:
         changes = stage.dir.changes()
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        keep = "--go-on to keep its finished shards, or " if stage.verb == "relabel" else ""
         raise UserError(f"{stage.path} was made with other settings or inputs ({changes[0]}{more}): "
-                        "give the run another name=…, or --redo to delete that result and make it again")
+                        f"give the run another name=…, or {keep}--redo to delete that result and make it again")
     progress.say(f"    {stage.path} was made with other settings: deleted, made again")
     stage.dir.clear()
 
@@ -225,8 +236,8 @@ def _label(exp: Experiment, stage: Stage) -> str:
 class Plan:
     """The stages of an experiment. Each method makes one: where it writes, what it reads, what fills it."""
 
-    def __init__(self, exp: Experiment) -> None:
-        self.exp = exp
+    def __init__(self, exp: Experiment, stale: Stale = "refuse") -> None:
+        self.exp, self.stale = exp, stale
         self.root = Path(exp.runs) / exp.name
         self.answers = self.root / "answers.sqlite"
         """What a chat model has answered: of no stage, so that what was paid for outlives them."""
@@ -313,27 +324,53 @@ class Plan:
             }
 
         return self._stage("finetune", "captioner", "recap.finetune:run", [stitch], reads, lambda: (
-            _written(stitch) or (inputs.urls if inputs else []), config, exp.captioner, exp.styles, self.device))
+            _written(stitch) if stitch else inputs.urls if inputs else [], config, exp.captioner, exp.styles,
+            self.device))
 
     def relabel(self, finetune: Stage | None) -> Stage:
-        exp = self.exp
-        inputs = self.shards(exp.relabel.shards, "relabel.shards")
+        exp, inputs = self.exp, self.relabel_inputs
         return self._stage("relabel", "relabel", "recap.relabel:run", [finetune], lambda: {
-            "relabel": exp.relabel, "styles": exp.styles, "captioner": exp.captioner.own(),
-            "alt_text": exp.data.alt_text, "inputs": inputs.identity,
+            "relabel": exp.relabel.own(), "output": exp.relabel.output, "inputs": inputs.identity,
+            "styles": exp.styles, "captioner": exp.captioner.own(), "alt_text": exp.data.alt_text,
             "checkpoint": captioner_checkpoint(exp.captioner),
             "tuned": finetune.dir.fingerprint if finetune else given_tuned(exp.captioner)[1],
         }, lambda: (inputs.urls, exp.captioner, _tuned(finetune) or given_tuned(exp.captioner)[0], exp.styles,
-                    exp.relabel, exp.data, self.device))
+                    exp.relabel, exp.data, self.device, self.stale))
+
+    @cached_property
+    def relabel_inputs(self) -> Inputs:
+        return self.shards(self.exp.relabel.shards, "relabel.shards")
+
+    @property
+    def relabel_output(self) -> str:
+        return self.exp.relabel.output or str(self.root / "relabel")
+
+    def relabelled(self) -> list[str]:
+        """What relabelling writes: shards, parquets or folders."""
+        config = self.exp.relabel
+        return [written(config.format, self.relabel_output, shard_name(url)) for url in self.relabel_inputs.urls]
 
     def train(self, seed: int, arm: str, relabel: Stage | None) -> Stage:
         exp = self.exp
         inputs = self.shards(exp.train.shards, "train.shards")
-        return self._stage("train", f"seed-{seed}/train/{arm}", "train_t2i.train:run", [relabel], lambda: {
-            "train": exp.train, "arm": exp.arm[arm].model_dump(exclude={"guidance_scale"}), "seed": seed,
-            "inputs": relabel.dir.fingerprint if relabel else inputs.identity,
-            "checkpoint": _checkpoint(exp.train, "train"),
-        }, lambda: (_written(relabel) or inputs.urls, exp.train, exp.arm[arm], seed, arm, self.device))
+        captions = exp.train.captions
+
+        def reads() -> dict[str, Any]:
+            if relabel and exp.relabel.format == "folder":
+                raise UserError("relabel.format=folder is for other trainers: set it to shards or parquet, or run "
+                                "`recap relabel` alone")
+            tables = Inputs(f"{captions}/*.parquet", "train.captions").identity if captions else None
+            return {"train": exp.train, "arm": exp.arm[arm].model_dump(exclude={"guidance_scale"}), "seed": seed,
+                    "inputs": relabel.dir.fingerprint if relabel else inputs.identity, "captions": tables,
+                    "checkpoint": _checkpoint(exp.train, "train")}
+
+        def arguments() -> tuple[Any, ...]:
+            shards, config = (self.relabelled() if relabel else inputs.urls), exp.train
+            if relabel and exp.relabel.format == "parquet":  # the images are where they were
+                shards, config = self.relabel_inputs.urls, config.model_copy(update={"captions": self.relabel_output})
+            return shards, config, exp.arm[arm], seed, arm, self.device
+
+        return self._stage("train", f"seed-{seed}/train/{arm}", "train_t2i.train:run", [relabel], reads, arguments)
 
     def generate(self, seed: int, arm: str, train: Stage | None) -> Stage:
         exp = self.exp
@@ -381,8 +418,8 @@ class Plan:
                 name=exp.name, config=exp.model_dump(mode="json"), arms=exp.arms, styles=list(exp.styles),
                 runs=[Run(seed, arm, generate.path, evaluate.path) for seed, arm, generate, evaluate in scored],
                 counts={name: stage.dir.result() for name, stage in before.items() if stage},
-                relabelled=[Path(shard) for shard in _written(relabel)], environment=environment(),
-                stitched=[Path(shard) for shard in _written(stitch)], reference=_shards_only(reference),
+                relabelled=self.relabelled() if relabel and exp.relabel.format == "shards" else [],
+                environment=environment(), stitched=_written(stitch), reference=_shards_only(reference),
                 statistics=self.root / "reference" / "reference.npz", judge=exp.evaluate.judge, device=self.device,
                 guidance={arm: self._guidance(arm) for arm in exp.arms},
                 seconds={_label(exp, stage): stage.dir.result()["seconds"] for stage in _upstream(evaluates)},
@@ -487,12 +524,3 @@ def given_tuned(captioner: Captioner) -> tuple[Path | None, Any]:
         raise UserError(f"captioner.tuned: no folder at {path}: give what fine-tuning wrote (a peft adapter folder, or "
                         "a whole model), or none for the base alone")
     return path, folder_identity(path)
-
-
-def environment() -> dict[str, str]:
-    """Versions and hardware, for the report."""
-    import torch
-    gpus = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **versions,
-            "hardware": gpus or f"{os.cpu_count()} CPU cores ({platform.machine()})"}

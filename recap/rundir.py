@@ -20,11 +20,13 @@ from pydantic import BaseModel
 
 from recap.errors import UserError
 from recap.progress import is_main
-from recap.shards import write_json
+from recap.storage import write_json
 
 CHECKPOINTS = ("checkpoint", ".checkpoint.old", ".checkpoint.tmp")
 """What a training keeps in its stage's folder while it runs."""
 State = Literal["done", "begun", "new", "changed"]
+Stale = Literal["refuse", "redo", "go_on"]
+"""What to do with that which was made with other settings: refuse to run, make it again, or keep it and go on."""
 
 
 @contextmanager
@@ -48,11 +50,12 @@ def lock(run: Path) -> Iterator[None]:
 
 def digest(content: Any) -> str:
     """A short stable hash of JSON-like content."""
-    text = json.dumps(content, sort_keys=True, default=_plain)
+    text = json.dumps(content, sort_keys=True, default=plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """For `json.dumps`."""
     return value.model_dump() if isinstance(value, BaseModel) else str(value)
 
 
@@ -101,13 +104,15 @@ class StageDir:
     def changes(self) -> list[str]:
         """Which values differ from those the folder was begun with: `train.lr: 1e-05 → 2e-05`."""
         before = _flat((_read(self.path / "config.json") or {}).get("reads", {}))
-        now = _flat(json.loads(json.dumps(self.reads, default=_plain)))
+        now = _flat(json.loads(json.dumps(self.reads, default=plain)))
         return [f"{key}: {before.get(key)} → {now.get(key)}" for key in sorted(before.keys() | now.keys())
                 if before.get(key) != now.get(key)]
 
     def begin(self) -> None:
+        """Write what the stage reads; also over that of a stage that goes on with other settings."""
         self.path.mkdir(parents=True, exist_ok=True)
-        reads = json.loads(json.dumps(self.reads, default=_plain))
+        (self.path / "done.json").unlink(missing_ok=True)
+        reads = json.loads(json.dumps(self.reads, default=plain))
         write_json(str(self.path / "config.json"), {"fingerprint": self.fingerprint, "reads": reads})
 
     def log(self, **event: Any) -> None:

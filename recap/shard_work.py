@@ -1,4 +1,4 @@
-"""What stages that go through shards share: batches of decoded samples, a quarantine file, stats that mark the end.
+"""What stages that go through shards share: decoded samples in batches, a quarantine file, stats that mark the end.
 
 A shard is the unit of work. Its stats are written last, so a shard that has them is done; to resume is to skip those.
 """
@@ -16,10 +16,12 @@ from PIL import Image
 
 from recap import progress
 from recap.config import Data
+from recap.decoders import Decoders
 from recap.errors import BadSample
 from recap.rundir import StageDir
 from recap.sample import Sample, count_pixels
-from recap.shards import Reject, read_shard, shard_name, write_json, write_rejects
+from recap.shards import Reject, read_shard, shard_name, write_rejects
+from recap.storage import remove, write_json
 
 Stats = dict[str, Any]
 Decoded = tuple[Sample, Image.Image]
@@ -32,24 +34,30 @@ LARGE_PIXELS = 32_000_000
 """An image of more is large; to decode one takes up to 15 bytes a pixel."""
 
 
-def batches(shard: str, size: int, data: Data, rejects: list[Reject],
-            limit: int | None = None) -> Iterator[list[Decoded]]:
-    """The first `limit` usable samples of a shard with their images, in batches; what comes after does not count.
+def decoded(shard: str, data: Data, decoders: Decoders, rejects: list[Reject]) -> Iterator[Decoded]:
+    """The usable samples of a shard with their images, in file order.
 
-    Batches are formed within the shard, in file order, so that no result depends on rank or interruption. Images are
-    decoded in threads, some ahead of those that are asked for; large ones each in its turn, so that the memory holds no
+    Images are decoded some ahead of those that are asked for; large ones each in its turn, so that the memory holds no
     more of them than a batch does.
+    """
+    read_ahead = ahead(lambda read: (read, None if _is_large(read[1]) else _decode(*read, data, decoders)),
+                       _read(shard), NUM_DECODERS)
+    for read, done in read_ahead:
+        faults, found = done or _decode(*read, data, decoders)
+        rejects += faults
+        if found:
+            yield found
+
+
+def batches(samples: Iterable[Decoded], size: int, limit: int | None = None) -> Iterator[list[Decoded]]:
+    """The first `limit` samples, in batches; no more of them are asked for.
+
+    Batches are formed within the shard, in file order, so that no result depends on rank or interruption.
     """
     batch: list[Decoded] = []
     given = 0
-    read_ahead = ahead(lambda read: (read, None if _is_large(read[1]) else _decode(*read, data)), _read(shard),
-                       NUM_DECODERS)
-    for read, done in read_ahead:
-        faults, decoded = done or _decode(*read, data)
-        rejects += faults
-        if decoded is None:
-            continue
-        batch.append(decoded)
+    for sample in samples:
+        batch.append(sample)
         pixels = sum(image.width * image.height for _, image in batch)
         if len(batch) == size or given + len(batch) == limit or pixels > MAX_BATCH_PIXELS:
             yield batch
@@ -77,12 +85,13 @@ def _is_large(sample: Sample | None) -> bool:
         return False
 
 
-def _decode(rejects: list[Reject], sample: Sample | None, data: Data) -> tuple[list[Reject], Decoded | None]:
+def _decode(rejects: list[Reject], sample: Sample | None, data: Data,
+            decoders: Decoders) -> tuple[list[Reject], Decoded | None]:
     """The sample with its image; or one reject more."""
     if sample is None:
         return rejects, None
     try:
-        return rejects, (sample, sample.check(data.alt_text))
+        return rejects, (sample, sample.check(data.alt_text, decoders.decode))
     except BadSample as error:
         return [*rejects, Reject(sample.shard, sample.key, error.reason, error.detail)], None
 
@@ -126,22 +135,22 @@ def once(stage: StageDir, shard: str, work: Callable[[str], Stats]) -> tuple[Sta
     return stats, True
 
 
-def stats_of(shard: str, out: Path, successes: int, rejects: list[Reject], **others: Any) -> Stats:
+def stats_of(shard: str, out: Path | str, successes: int, rejects: list[Reject], **others: Any) -> Stats:
     """A shard's stats, named as img2dataset names them; its rejects go to the quarantine file first."""
     reasons = Counter(reject.reason for reject in rejects)
     quarantine = quarantine_file(shard, out)
-    quarantine.unlink(missing_ok=True)  # an earlier try may have found faults that have been mended since
+    remove(quarantine)  # an earlier try may have found faults that have been mended since
     if rejects:
-        write_rejects(str(quarantine), rejects)
+        write_rejects(quarantine, rejects)
     return {"count": successes + len(rejects), "successes": successes, **others,
             "status_dict": {"success": successes, **reasons}}
 
 
-def quarantine_file(shard: str, out: Path) -> Path:
-    return out / f"{shard_name(shard)}_quarantine.jsonl"
+def quarantine_file(shard: str, out: Path | str) -> str:
+    return f"{out}/{shard_name(shard)}_quarantine.jsonl"
 
 
-def warn_of(rejects: list[Reject], shard: str, out: Path) -> None:
+def warn_of(rejects: list[Reject], shard: str, out: Path | str) -> None:
     """Say that samples of a shard are not used, by reason, and where they are listed."""
     if rejects:
         reasons = Counter(reject.reason for reject in rejects)
@@ -150,10 +159,15 @@ def warn_of(rejects: list[Reject], shard: str, out: Path) -> None:
 
 
 def total(found: list[Stats], *others: str) -> dict[str, Any]:
-    """The sums over shards: images in, out and quarantined by reason, and the other counts that are named."""
-    reasons: Counter[str] = Counter()
-    for stats in found:
-        reasons.update(stats["status_dict"])
-    del reasons["success"]
+    """The sums over shards: images in, out and quarantined by reason, and the other counts that are named, or tables of
+    them.
+    """
+    quarantined = sum(map(reasons, found), Counter[str]())
     sums = {name: sum(stats[name] for stats in found) for name in ("count", "successes", *others)}
-    return {"images_in": sums.pop("count"), "images_out": sums.pop("successes"), "quarantined": dict(reasons), **sums}
+    counts = {"images_in": sums.pop("count"), "images_out": sums.pop("successes")}
+    return {**counts, "quarantined": dict(quarantined), **sums}
+
+
+def reasons(stats: Stats) -> Counter[str]:
+    """How many samples of a shard were quarantined, by reason."""
+    return Counter({reason: count for reason, count in stats["status_dict"].items() if reason != "success"})

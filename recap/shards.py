@@ -1,4 +1,4 @@
-"""Reading and atomic writing of webdataset shards, local or remote.
+"""Webdataset shards: their names, and reading and writing them.
 
 A shard is a tar whose neighbouring members share a key: `KEY.jpg KEY.txt KEY.json`. What is written is deterministic
 (no time, no owner), so equal samples give equal bytes; and atomic, so a shard under its final name is whole.
@@ -9,22 +9,23 @@ import io
 import json
 import os
 import re
-import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import IO, Any, Self, cast
+from typing import IO, Self, cast
 
-import fsspec
 from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
+from recap import storage
 from recap.errors import UserError
 from recap.sample import Sample
+from recap.storage import discard, identities, is_local, open_read, publish, read_bytes, temporary, write_bytes
 
 MAX_MEMBER_BYTES = 256 * 2**20
+LISTS = (".txt", ".list")
+"""How the name of a list of shards ends."""
 # As webdataset splits names: the key ends at the first dot of the file's own name.
 KEY_AND_EXTENSION = re.compile(r"^((?:.*/)?[^/.]+)\.([^/]+)$", re.DOTALL)
 
@@ -43,7 +44,9 @@ class Reject:
 
 
 def expand(patterns: str | Iterable[str], where: str = "data.shards") -> list[str]:
-    """Patterns → the shards they name, each once, in order. Braces (`{00000..00009}`) and globs; local paths or URLs.
+    """Patterns → the shards they name, each once, in order.
+
+    Braces (`{00000..00009}`), globs, and lists (`.txt`, `.list`: a path, URL or pattern a line); local or remote.
 
     Raises:
         UserError: a pattern that names nothing, a file that is not there, a shard without a name of its own (`.tar`),
@@ -52,9 +55,12 @@ def expand(patterns: str | Iterable[str], where: str = "data.shards") -> list[st
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     if not patterns:
         raise UserError(f"{where} is empty: give at least one shard, e.g. {where}='shards/*.tar'")
-    urls = [url for pattern in patterns for url in _expand_one(pattern, where)]
+    urls = [(url, pattern) for pattern in patterns for url in _expand_one(pattern, where)]
+    there = identities(url for url, _ in urls)
     by_name: dict[str, str] = {}
-    for url in urls:
+    for url, pattern in urls:
+        if url not in there:
+            raise UserError(f"{where}: nothing at {url}: check the path{_source(url, pattern)}")
         if shard_name(url) in ("", ".", ".."):
             raise UserError(f"{where}: {url} has no name before its .tar, by which what is made of it goes: rename it")
         other = by_name.setdefault(shard_name(url), url)
@@ -63,52 +69,46 @@ def expand(patterns: str | Iterable[str], where: str = "data.shards") -> list[st
     return list(by_name.values())
 
 
-def _expand_one(pattern: str, where: str) -> list[str]:
+def _expand_one(pattern: str, where: str) -> Iterator[str]:
+    """What a pattern names, and not yet whether it is there, where it names single files."""
     try:
         names = list(braceexpand(pattern))
     except UnbalancedBracesError:
         raise UserError(f"{where}: the braces of {pattern!r} do not close: write e.g. '{{00000..00009}}.tar'") from None
-    urls: list[str] = []
     for name in names:
-        found = _glob(name) if any(c in name for c in "*?[") else [name]
-        if not found or (len(found) == 1 and found[0] == name and not exists(name)):
-            source = f" (from {pattern})" if name != pattern else ""
-            raise UserError(f"{where}: nothing at {name}: check the path{source}")
-        urls += found
-    return urls
+        if name.endswith(LISTS):
+            for line in _lines(name, where):
+                yield from _expand_one(line, where)
+        elif any(c in name for c in "*?["):
+            found = sorted(filter(os.path.isfile, glob.glob(name))) if is_local(name) else storage.glob(name)
+            if not found:
+                raise UserError(f"{where}: nothing at {name}: check the path{_source(name, pattern)}")
+            yield from found
+        else:
+            yield name
 
 
-def _glob(pattern: str) -> list[str]:
-    if is_local(pattern):
-        return sorted(filter(os.path.isfile, glob.glob(pattern)))
-    fs, path = fsspec.core.url_to_fs(pattern)
-    return sorted(fs.unstrip_protocol(found) for found in fs.glob(path))
+def _lines(name: str, where: str) -> list[str]:
+    """The shards that a list names, a line each; lines that begin with # are remarks."""
+    try:
+        text = read_bytes(name).decode()
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{where}: no list of shards at {name}: check the path") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: {name} is no list of shards: write a path, URL or pattern a line") from None
+    lines = [line.strip() for line in text.splitlines()]
+    if nested := [line for line in lines if line.endswith(LISTS)]:
+        raise UserError(f"{where}: {name} names another list, {nested[0]}: name its shards")
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _source(name: str, pattern: str) -> str:
+    return f" (from {pattern})" if name != pattern else ""
 
 
 def shard_name(url: str) -> str:
     """`s3://bucket/00000.tar` → `00000`."""
     return PurePosixPath(url).name.removesuffix(".tar")
-
-
-def is_local(url: str) -> bool:
-    return "://" not in url
-
-
-def exists(url: str) -> bool:
-    if is_local(url):
-        return os.path.isfile(url)
-    fs, path = fsspec.core.url_to_fs(url)
-    return bool(fs.exists(path))
-
-
-def identity(url: str) -> list[str | int]:
-    """What tells one version of a file from another without reading it: name, size, and time or etag."""
-    if is_local(url):
-        stat = os.stat(url)
-        return [PurePosixPath(url).name, stat.st_size, stat.st_mtime_ns]
-    fs, path = fsspec.core.url_to_fs(url)
-    info = fs.info(path)
-    return [PurePosixPath(url).name, int(info.get("size") or -1), str(info.get("ETag") or info.get("mtime") or "")]
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def _read_members(url: str) -> Iterator[tuple[str, bytes, int, tuple[str, str] |
     """Yield (name, content, where in the file it begins, fault) for every member that is not a folder."""
     name = ""
     try:
-        with fsspec.open(url, "rb") as file:
+        with open_read(url) as file:
             stream = _Tail(file)
             try:
                 # A block at a time, so that what follows the end-of-archive mark is still there to be seen.
@@ -217,7 +217,7 @@ def _read_members(url: str) -> Iterator[tuple[str, bytes, int, tuple[str, str] |
 class _Tail:
     """A reader that remembers how far it got and the last 512 bytes; a whole tar ends in a block of zeros."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes] | storage.Remote) -> None:
         self.file, self.position, self.last, self.empty_reads = file, 0, b"", 0
 
     def read(self, size: int = -1) -> bytes:
@@ -257,27 +257,17 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        if kind is None:
-            self._tar.close()
-            sync(self._file)
-        self._file.close()
-        if kind is None:
-            publish(self._temporary, self.url)
-        else:
-            self._temporary.unlink(missing_ok=True)
-
-
-def write_bytes(url: str, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path = temporary(url)
-    with open(path, "wb") as file:
-        file.write(data)
-        sync(file)
-    publish(path, url)
-
-
-def write_json(url: str, content: Any) -> None:
-    write_bytes(url, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        try:
+            with self._file:
+                if kind is None:
+                    self._tar.close()
+            if kind is None:
+                publish(self._temporary, self.url)
+        except OSError:
+            if kind is None:  # else a full disk is told of already
+                raise
+        finally:
+            discard(self._temporary, self.url)
 
 
 def write_rejects(url: str, rejects: list[Reject]) -> None:
@@ -289,27 +279,3 @@ def write_rejects(url: str, rejects: list[Reject]) -> None:
 def read_rejects(path: Path) -> list[Reject]:
     """What a quarantine file lists; nothing where there is none."""
     return [Reject(**json.loads(line)) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def temporary(url: str) -> Path:
-    """Where to build `url` before it is published. A second try overwrites what a killed one left."""
-    if is_local(url):
-        path = Path(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.with_name(f".{path.name}.tmp")
-    return Path(tempfile.mkdtemp(prefix="recap-")) / PurePosixPath(url).name
-
-
-def sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def publish(path: Path, url: str) -> None:
-    """Give a finished local file its final name: a rename, or one put to remote storage."""
-    if is_local(url):
-        os.replace(path, url)
-        return
-    fs, target = fsspec.core.url_to_fs(url)
-    fs.put_file(str(path), target)
-    shutil.rmtree(path.parent)

@@ -11,7 +11,7 @@ import jinja2
 from recap.caption_sets import ImageRef
 from recap.errors import BadSample
 from recap.sample import decode_image
-from recap.shards import write_bytes
+from recap.storage import write_bytes
 from recap.validation import Row
 
 MAX_SIDE, SMALL = 384, 64

@@ -22,7 +22,8 @@ from recap.chunks import split
 from recap.clip_bpe import clip_tokenizer
 from recap.errors import BadSample, UserError
 from recap.sample import Sample
-from recap.shards import Reject, expand, write_bytes
+from recap.shards import Reject, expand
+from recap.storage import write_bytes
 
 COLUMNS = 80
 """Of a terminal; lines are never longer."""

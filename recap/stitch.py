@@ -137,7 +137,7 @@ class Looked:
 def stitch_shard(shard: str, out: Path, writer: Writer, looked: dict[str, Path], styles: list[str], bar: Any) -> Stats:
     """Write captions for those images of a shard that were looked at; its stats."""
     found = Looked.read(shard, looked)
-    rejects = read_rejects(quarantine_file(shard, next(iter(looked.values()))))
+    rejects = read_rejects(Path(quarantine_file(shard, next(iter(looked.values())))))
     num_words, flags, ungrounded = Counter[str](), Counter[str](), 0
     with ShardWriter(str(out / f"{shard_name(shard)}.tar")) as shard_writer:
         for sample in _seen(shard, found):

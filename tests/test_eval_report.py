@@ -87,7 +87,7 @@ def make_run(root: Path, seed: int, arm: str, better_by: float = 0.0, prompts: i
     return Run(seed, arm, images, evaluated)
 
 
-def relabelled(path: Path) -> Path:
+def relabelled(path: Path) -> str:
     with ShardWriter(str(path)) as writer:
         for index, text in enumerate(HOSTILE):
             png(index, 200).save(path.with_suffix(".jpg"))
@@ -95,7 +95,7 @@ def relabelled(path: Path) -> Path:
             writer.write(Sample(path.stem, f"{index:04d}<i>", {
                 "jpg": path.with_suffix(".jpg").read_bytes(), "txt": text.encode(), "short.txt": text[::-1].encode(),
                 "long.txt": text.encode(), "recap.json": json.dumps(record).encode() if index % 2 else b"{{["}))
-    return path
+    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from recap.caption_statistics import CaptionStatistics, num_clip_tokens, partial
 from recap.data_card import compare, escape, make_card, read_reference, size_category, write_card
 from recap.errors import UserError
 from recap.sample import Sample
-from recap.shards import ShardWriter, write_json
+from recap.shards import ShardWriter
+from recap.storage import write_json
 
 HOSTILE = ["<img src=x onerror=alert(1)>", "| a | b |\n# heading", "[x](javascript:alert(1)) ![y](http://z/1.png)",
            "`code` **bold** _it_ ~~no~~ $x^2$ :smile: @someone https://x.org www.x.org",

@@ -3,16 +3,22 @@
 import io
 import json
 import tarfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from recap.config import DEFAULT_STYLES, Data, Relabel, Style
+from recap.caption_tables import read_table
+from recap.captioners.blip2 import Blip2
+from recap.config import DEFAULT_STYLES, Data, Style
 from recap.config.captioner import Captioner
+from recap.config.relabel import Checks, Images, Relabel
 from recap.errors import UserError
 from recap.relabel import run
-from recap.rundir import StageDir
+from recap.rundir import StageDir, Stale
 from recap.sample import Sample
 from recap.shards import Reject, ShardWriter, read_shard
 
@@ -27,11 +33,18 @@ def png(level: int) -> bytes:
 
 
 def relabelled(shards: list[str], out: Path, models: Path, styles: dict[str, Style] = STYLES,
-               **data: str) -> dict[str, object]:
-    stage = StageDir(out, {})
+               config: Relabel = Relabel(batch_size=4), stale: Stale = "refuse", **data: str  # noqa: B008
+               ) -> dict[str, object]:
+    stage = StageDir(out, {"styles": styles, "output": config.output, "inputs": shards})
     stage.begin()
-    return run(stage, shards, Captioner(model=str(models / "blip2"), dtype="float32"), None, styles,
-               Relabel(batch_size=4), Data(**data), "cpu")
+    return run(stage, shards, Captioner(model=str(models / "blip2"), dtype="float32"), None, styles, config,
+               Data(**data), "cpu", stale)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The set that was written: without what says when, how fast and on which machine."""
+    aside = {"config.json", "log.jsonl", "progress.json", "README.md"}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in aside}
 
 
 def read(path: Path) -> list[Sample]:
@@ -124,6 +137,148 @@ def test_shards_without_a_single_good_image_are_one_clear_line(tmp_path: Path, w
         pass
     with pytest.raises(UserError, match="no image of"):
         relabelled([str(tmp_path / "00000.tar")], tmp_path / "out", world_models)
+
+
+@pytest.fixture
+def small(world_shards: Path, tmp_path: Path) -> list[str]:
+    """Four shards of six drawings."""
+    samples = read(world_shards / "train" / "00000.tar")
+    paths = [tmp_path / "small" / f"{place:05d}.tar" for place in range(4)]
+    for place, path in enumerate(paths):
+        with ShardWriter(str(path)) as writer:
+            for sample in samples[6 * place:6 * place + 6]:
+                writer.write(sample)
+    return [str(path) for path in paths]
+
+
+def test_several_processes_write_what_one_does(small: list[str], tmp_path: Path, world_models: Path) -> None:
+    one = relabelled(small, tmp_path / "one", world_models)
+    two = relabelled(small, tmp_path / "two", world_models, config=Relabel(batch_size=4, workers=2))
+    assert files(tmp_path / "one") == files(tmp_path / "two") and one == two
+    assert {f"{place:05d}.tar" for place in range(4)} < files(tmp_path / "one").keys()
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A device on which so many images find room at once, and no more."""
+    def with_room_for(num_images: int) -> None:
+        begin = Blip2._begin
+
+        def limited(self: Blip2, batches: Iterable[torch.Tensor], *others: Any) -> Iterator[Any]:
+            def checked() -> Iterator[torch.Tensor]:
+                for batch in batches:
+                    if len(batch) > num_images:
+                        raise torch.OutOfMemoryError(f"CUDA out of memory: no room for {len(batch)} images")
+                    yield batch
+            return begin(self, checked(), *others)
+
+        monkeypatch.setattr(Blip2, "_begin", limited)
+    return with_room_for
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on(small: list[str], tmp_path: Path, world_models: Path,
+                                                    little_memory: Callable[[int], None],
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    relabelled(small, tmp_path / "large", world_models, config=Relabel(batch_size=6))
+    little_memory(2)
+    relabelled(small, tmp_path / "small-memory", world_models, config=Relabel(batch_size=6))
+    said = capsys.readouterr().err
+    assert said.count("out of memory: goes on with") == 2 and "relabel.batch_size=1," in said
+    assert files(tmp_path / "large") == files(tmp_path / "small-memory")
+    progress = json.loads((tmp_path / "small-memory" / "progress.json").read_bytes())
+    assert (progress["images"], progress["shards"]) == (24, 4)  # those that were begun twice count once
+
+
+def test_no_memory_for_a_single_image_is_one_clear_line(small: list[str], tmp_path: Path, world_models: Path,
+                                                        little_memory: Callable[[int], None]) -> None:
+    little_memory(0)
+    with pytest.raises(UserError, match="memory does not suffice for a single image"):
+        relabelled(small, tmp_path / "out", world_models, config=Relabel(batch_size=4, num_slots=8))
+
+
+def test_shards_of_other_settings_are_refused_kept_or_made_again(small: list[str], tmp_path: Path,
+                                                                 world_models: Path) -> None:
+    out = tmp_path / "out"
+    config = Relabel(batch_size=4, output=str(tmp_path / "set"))
+    relabelled(small[:2], out, world_models, config=config)
+    before = files(tmp_path / "set")
+    other = {"short": Style(prompt="A short caption:", max_new_tokens=3)}
+    with pytest.raises(UserError, match=r"2 shards of other settings, 00000 for one: .*--go-on.*--redo"):
+        relabelled(small, out, world_models, other, config)
+    assert files(tmp_path / "set") == before
+    relabelled(small, out, world_models, other, config, "go_on")
+    after = files(tmp_path / "set")
+    assert all(after[name] == before[name] for name in ("00000.tar", "00001.tar", "00001_stats.json"))
+    assert "long.txt" not in read(tmp_path / "set" / "00002.tar")[0].members
+    assert json.loads(after["00002_stats.json"])["settings"] != json.loads(after["00001_stats.json"])["settings"]
+    relabelled(small, out, world_models, other, config, "redo")
+    assert "long.txt" not in read(tmp_path / "set" / "00000.tar")[0].members
+    relabelled(small, out, world_models, other, config)  # now they are all alike
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_other_formats_hold_the_same_captions(small: list[str], tmp_path: Path, world_models: Path, kind: Any) -> None:
+    relabelled(small[:1], tmp_path / "shards", world_models)
+    config = Relabel(batch_size=4, format=kind, folder_caption="long")
+    relabelled(small[:1], tmp_path / "other", world_models, config=config)
+    samples = read(tmp_path / "shards" / "00000.tar")
+    expected = {sample.key: sample.caption("long") for sample in samples}
+    if kind == "parquet":
+        rows = read_table(str(tmp_path / "other" / "00000.parquet"), ["long"])
+        assert {key: row.members["long.txt"].decode() for key, row in rows.items()} == expected
+    else:
+        folder = tmp_path / "other" / "00000"
+        assert {key: (folder / f"{key}.txt").read_text() for key in expected} == expected
+        assert (folder / f"{samples[0].key}.{samples[0].image_extension}").read_bytes() == samples[0].image_bytes
+
+
+def test_a_repeated_image_is_captioned_once(small: list[str], tmp_path: Path, world_models: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = tmp_path / "repeats" / "00000.tar"
+    samples = read(Path(small[0]))
+    with ShardWriter(str(shard)) as writer:
+        for place, sample in enumerate([*samples, *samples]):
+            writer.write(Sample("00000", f"{place:04d}", sample.members))
+    shown: list[int] = []
+    preprocess = Blip2.preprocess
+
+    def counted(self: Blip2, images: list[Image.Image]) -> torch.Tensor:
+        shown.append(len(images))
+        return preprocess(self, images)
+
+    monkeypatch.setattr(Blip2, "preprocess", counted)
+    relabelled([str(shard)], tmp_path / "out", world_models)
+    found = read(tmp_path / "out" / "00000.tar")
+    assert sum(shown) == 6 and len(found) == 12
+    assert [each.caption("long") for each in found[:6]] == [each.caption("long") for each in found[6:]]
+    dropping = Relabel(batch_size=4, images=Images(duplicates="drop"))
+    result = relabelled([str(shard)], tmp_path / "dropped", world_models, config=dropping)
+    assert result["quarantined"] == {"duplicate_image": 6}
+
+
+def test_a_caption_at_fault_is_drawn_again_replaced_or_dropped(small: list[str], tmp_path: Path,
+                                                               world_models: Path) -> None:
+    def captioned(**checks: Any) -> tuple[dict[str, object], list[Sample]]:
+        words = {"short": (1, 300), "long": (1, 1)}  # which no caption keeps to
+        out = tmp_path / "-".join(map(str, checks.values()))
+        result = relabelled(small[:1], out, world_models, config=Relabel(
+            batch_size=4, checks=Checks(words=words, not_ended="flag", **checks)))
+        return result, read(out / "00000.tar") if (out / "00000.tar").is_file() else []
+
+    def said(sample: Sample) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(sample.members["recap.json"])["captions"]["long"]
+        return found
+
+    result, flagged = captioned(too_long="flag")
+    assert result["captions"]["long/too_long"] == 6  # type: ignore[index]
+    assert all("too_long" in said(sample)["flags"] for sample in flagged)
+    result, kept = captioned(too_long="alt")
+    assert [sample.caption("long") for sample in kept] == [sample.caption("alt") for sample in kept]
+    assert said(kept[0])["decoding"]["text"] == "alt" and result["captions"]["long/alt_text_kept"] == 6  # type: ignore[index]
+    result, drawn = captioned(too_long="resample", otherwise="alt")
+    assert [sample.caption("long") for sample in drawn] == [sample.caption("alt") for sample in drawn]
+    with pytest.raises(UserError, match="caption_too_long"):
+        captioned(too_long="drop")
 
 
 @pytest.mark.full

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from recap.config import Relabel
+from recap.config.relabel import Relabel
 from recap.errors import UserError
 from recap.rundir import StageDir, digest, hash_files, lock
 

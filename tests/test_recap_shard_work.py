@@ -3,12 +3,14 @@
 import io
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from recap import shard_work
 from recap.config import Data
+from recap.decoders import Decoders
 from recap.sample import Sample
 from recap.shards import Reject, ShardWriter
 
@@ -27,7 +29,9 @@ def shard(tmp_path: Path) -> str:
 
 
 def batches(shard: str, rejects: list[Reject], limit: int | None = None) -> list[list[tuple[str, tuple[int, int]]]]:
-    found = shard_work.batches(shard, 4, Data(shards=shard, alt_text="optional"), rejects, limit)
+    with Decoders(1) as decoders:
+        samples = shard_work.decoded(shard, Data(shards=shard, alt_text="optional"), decoders, rejects)
+        found = list(shard_work.batches(samples, 4, limit))
     return [[(sample.key, image.size) for sample, image in batch] for batch in found]
 
 
@@ -35,9 +39,9 @@ def test_large_images_are_decoded_in_their_turn_alone(shard: str, monkeypatch: p
     threads: dict[str, str] = {}
     check = Sample.check
 
-    def noted(sample: Sample, alt_text: str) -> Image.Image:
+    def noted(sample: Sample, *how: Any) -> Image.Image:
         threads[sample.key] = threading.current_thread().name
-        return check(sample, alt_text)
+        return check(sample, *how)
 
     monkeypatch.setattr(Sample, "check", noted)
     monkeypatch.setattr(shard_work, "LARGE_PIXELS", 100)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from recap.errors import UserError
 from recap.sample import Sample
-from recap.shards import Reject, ShardWriter, count_images, expand, read_shard, write_bytes
+from recap.shards import Reject, ShardWriter, count_images, expand, read_shard
+from recap.storage import write_bytes
 
 
 def make_tar(path: Path, members: list[tuple[str, bytes]], **options: object) -> Path:

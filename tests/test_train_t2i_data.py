@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recap.errors import UserError
+from recap.outputs import open_output
 from recap.sample import Sample
 from recap.shards import ShardWriter
 from train_t2i.config import DEFAULT_ARMS, Arm, Train
@@ -107,6 +108,43 @@ def test_images_without_the_arms_captions_are_left_out(shards: list[str], tmp_pa
     stream = Stream([*shards, str(tmp_path / "00002.tar")], DEFAULT_ARMS["mix"], CONFIG, 0)
     assert len(stream.take(16).uids) == 15
     assert stream.rejected == {"00002/bare": "no_short_caption", "00002/broken": "undecodable_image"}
+
+
+def write_captions(folder: Path, shard: str, levels: dict[int, int]) -> None:
+    """A table as relabelling writes it: number of the image → its level of grey, which the shard's is 10 times it."""
+    with open_output("parquet", str(folder), shard, "mix") as output:
+        for i, level in levels.items():
+            output.write(Sample(shard, str(i), {"png": png(level), "txt": b"not written",
+                                                "short.txt": f"table {shard}/{i}".encode()}))
+
+
+def test_captions_of_tables_are_joined_to_the_shards_they_are_of(shards: list[str], tmp_path: Path) -> None:
+    write_captions(tmp_path, "00000", {i: 99 if i == 3 else 10 * i for i in range(10) if i != 7})
+    write_captions(tmp_path, "00001", {i: 10 * i for i in range(5)})
+    config = CONFIG.model_copy(update={"captions": str(tmp_path)})
+    used = sorted([f"00000/{i}" for i in range(10) if i not in (3, 7)] + [f"00001/{i}" for i in range(5)])
+    for arm, kind in (("short", "table"), ("long", "long"), ("alt", "alt")):  # the shard's own stay
+        stream = Stream(shards, DEFAULT_ARMS[arm], config, 0)
+        found = taken(stream, [13])
+        assert sorted(uid for uid, *_ in found) == used
+        assert all(caption == f"{kind} {uid}" for uid, caption, _ in found)
+        stream.take(1)  # the end of an epoch is where a shard's last faults are known
+        assert stream.rejected == {"00000/3": "captions_of_another_image", "00000/7": "not_relabelled"}
+    found = taken(Stream(shards, DEFAULT_ARMS["shuffled"], config, 0), [13])
+    assert all(uid != caption.split()[1] for uid, caption, _ in found)
+
+
+def test_a_shard_whose_captions_are_not_there_stops_with_one_clear_line(shards: list[str], tmp_path: Path) -> None:
+    write_captions(tmp_path, "00000", {0: 0})
+    with pytest.raises(UserError, match=r"no captions at .*00001\.parquet: name the folder"):
+        Stream(shards, DEFAULT_ARMS["short"], CONFIG.model_copy(update={"captions": str(tmp_path)}), 0).take(15)
+
+
+def test_captions_of_other_shards_stop_with_one_clear_line(shards: list[str], tmp_path: Path) -> None:
+    write_captions(tmp_path, "00000", dict.fromkeys(range(10), 7))
+    write_captions(tmp_path, "00001", {})
+    with pytest.raises(UserError, match="captions_of_another_image 10, not_relabelled 5"):
+        Stream(shards, DEFAULT_ARMS["short"], CONFIG.model_copy(update={"captions": str(tmp_path)}), 0).take(1)
 
 
 def test_shards_that_hold_nothing_usable_stop_with_one_clear_line(shards: list[str]) -> None:

@@ -36,6 +36,9 @@ class Train(Model):
     model: str = "CompVis/stable-diffusion-v1-4"
     shards: str | list[str] | None = None
     """Shards with the arms' captions; by default what `relabel` wrote."""
+    captions: str | None = None
+    """Folder or URL of what `relabel` wrote with `format = "parquet"`: the captions of `shards`, which are the original
+    ones. Every arm is trained on those of their images that were relabelled."""
     resolution: int = Field(512, ge=8)
     """Side of the square training images, in pixels."""
     steps: int = Field(250_000, ge=1)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from recap.caption_tables import join, read_table, table_url
 from recap.errors import BadSample, UserError
 from recap.sample import Sample, caption_extension
 from recap.shards import Reject, read_shard, shard_name
@@ -116,8 +117,12 @@ class Stream:
             yield Sample(sample.shard, sample.key, sample.members | texts[(place + shift) % len(texts)])
 
     def _with_captions(self, shard: str, rejects: list[Reject]) -> Iterator[Sample]:
+        folder = self.config.captions
+        rows = read_table(table_url(folder, shard), self.arm.captions) if folder is not None else None
         for sample in read_shard(shard, rejects):
             try:
+                if rows is not None:
+                    sample = join(sample, rows)
                 for kind in self.arm.captions:
                     if sample.caption(kind) is None:
                         raise BadSample(f"no_{kind}_caption")

@@ -13,7 +13,7 @@ from recap import progress
 from recap.errors import UserError
 from recap.pipeline import Experiment
 from recap.rundir import StageDir, lock
-from recap.shards import write_json
+from recap.storage import write_json
 from recap.sweep.result import line, table
 from recap.sweep.search import Search
 from recap.sweep.study import Study

@@ -11,7 +11,8 @@ from recap.clip_bpe import clip_tokenizer
 from recap.errors import UserError
 from recap.progress import bar, say
 from recap.sample import Sample
-from recap.shards import ShardWriter, write_bytes, write_json
+from recap.shards import ShardWriter
+from recap.storage import write_bytes, write_json
 from recap.world import marker
 from recap.world.scene import Scene, draw_scene, render
 from recap.world.words import (

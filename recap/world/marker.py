@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from recap.errors import UserError
-from recap.shards import write_json
+from recap.storage import write_json
 
 DONE, BEGUN = "done.json", "begun.json"
 

@@ -1,0 +1,86 @@
+"""What a run says of itself while it works, read from elsewhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recap import meter, status
+from recap.errors import UserError
+from recap.meter import Meter
+
+
+def stats(good: int, **bad: int) -> dict[str, Any]:
+    return {"count": good + sum(bad.values()), "status_dict": {"success": good, **bad}}
+
+
+def said(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "progress.json").read_bytes())
+    return found
+
+
+@pytest.fixture(autouse=True)
+def always_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meter, "WRITE_EVERY", -1.0)
+
+
+def test_an_earlier_try_counts_but_not_in_the_rate(tmp_path: Path) -> None:
+    with Meter(tmp_path, 30, 3, [stats(8, undecodable_image=2)]) as found:
+        assert "10 of 30 (33.3%)" in status.status(tmp_path)
+        assert "0.0 images/s" in status.status(tmp_path)
+        found.images("cpu", "b", 4, {"undecodable_image": 1})
+        found.shard("b", 10, {"undecodable_image": 1, "no_image": 1})
+    text = status.status(tmp_path)
+    assert "state        done" in text and "20 of 30 (66.7%)" in text and "2 of 3 (66.7%)" in text
+    assert text.splitlines()[-2:] == ["quarantined  undecodable_image                     3",
+                                      "             no_image                              1"]
+
+
+def test_a_shard_that_is_done_again_counts_once(tmp_path: Path) -> None:
+    with Meter(tmp_path, None, 1, []) as found:
+        found.images("cpu 0", "a", 70, {"no_image": 3})
+        assert said(tmp_path)["images"] == 70
+        found.images("cpu 1", "a", 20, {"no_image": 1})
+        assert (said(tmp_path)["images"], said(tmp_path)["quarantined"]) == (20, {"no_image": 1})
+        found.shard("a", 100, {"no_image": 5})
+    assert (said(tmp_path)["images"], said(tmp_path)["quarantined"]) == (100, {"no_image": 5})
+    assert said(tmp_path)["workers"]["cpu 1"] >= 0
+
+
+def test_a_run_that_fails_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), Meter(tmp_path, 10, 1, []):
+        raise ZeroDivisionError
+    assert "state        stopped" in status.status(tmp_path)
+
+
+def test_ranks_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = [stats(10)]
+    for rank, images in (("0", 5), ("1", 7), ("10", 2)):
+        monkeypatch.setenv("RANK", rank)
+        with Meter(tmp_path, 40, 4, finished) as found:
+            found.images("cpu", rank, images, {})
+            found.shard(rank, images, {"no_image": 1})
+    text = status.status(tmp_path)
+    assert "3 ranks done" in text and "24 of 40" in text and "4 of 4" in text and "no_image" in text
+    assert [rank["images"] for rank in status.read(tmp_path)] == [5, 7, 2]
+
+
+def test_a_killed_run_is_silent_and_has_no_rate(tmp_path: Path) -> None:
+    with Meter(tmp_path, 10, 1, []) as found:
+        found.images("cpu", "a", 5, {})
+        killed = said(tmp_path)
+    assert "rate" in status.table([killed], killed["time"] + 60)
+    text = status.table([killed], killed["time"] + 7300)
+    assert "state        silent" in text and "2 h 1 min ago" in text and "rate" not in text
+
+
+def test_lines_fit_a_terminal(tmp_path: Path) -> None:
+    with Meter(tmp_path, 10**9, 10**5, []) as found:
+        found.images("worker-node-0123456789:1234567", "a", 10**8, {"captions_of_another_image": 10**8})
+        assert max(map(len, status.status(tmp_path).splitlines())) <= 80
+
+
+def test_where_nothing_has_begun_is_one_clear_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no relabelling has begun in"):
+        status.status(tmp_path)
