@@ -11,7 +11,7 @@ from typing import Any
 from eval.config import Generate
 from recap.errors import BadSample, UserError
 from recap.progress import warn
-from recap.shards import Reject, expand, read_shard
+from recap.shards import Reject, expand_files, read_shard
 
 WHERE = "generate.prompts"
 PROMPTS_FILE = "prompts.jsonl"
@@ -62,7 +62,7 @@ def prompt_inputs(config: Generate) -> list[str]:
     shards = [pattern for pattern in patterns if pattern.endswith(".tar")]
     if shards and len(shards) < len(patterns):
         raise UserError(f"{WHERE} mixes shards and other files: give one kind")
-    inputs = expand(patterns, WHERE)
+    inputs = expand_files(patterns, WHERE)
     if shards:
         return inputs
     for path in inputs:

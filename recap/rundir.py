@@ -20,7 +20,7 @@ from pydantic import BaseModel
 
 from recap.errors import UserError
 from recap.progress import is_main
-from recap.storage import write_json
+from recap.storage import clean, write_json
 
 CHECKPOINTS = ("checkpoint", ".checkpoint.old", ".checkpoint.tmp")
 """What a training keeps in its stage's folder while it runs."""
@@ -109,8 +109,11 @@ class StageDir:
                 if before.get(key) != now.get(key)]
 
     def begin(self) -> None:
-        """Write what the stage reads; also over that of a stage that goes on with other settings."""
+        """Write what the stage reads, also over that of a stage that goes on with other settings; remove what a killed
+        try has left half written.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        clean(str(self.path))
         (self.path / "done.json").unlink(missing_ok=True)
         reads = json.loads(json.dumps(self.reads, default=plain))
         write_json(str(self.path / "config.json"), {"fingerprint": self.fingerprint, "reads": reads})

@@ -53,8 +53,14 @@ def expand(patterns: str | Iterable[str], where: str = "data.shards") -> list[st
             or two of one name (outputs and seeds go by the name).
     """
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    return expand_files([line for pattern in patterns for line in (
+        _lines(pattern, where) if pattern.endswith(LISTS) else [pattern])], where)
+
+
+def expand_files(patterns: list[str], where: str) -> list[str]:
+    """The same of files of any kind: a text file is no list of others."""
     if not patterns:
-        raise UserError(f"{where} is empty: give at least one shard, e.g. {where}='shards/*.tar'")
+        raise UserError(f"{where} is empty: give at least one, e.g. {where}='shards/*.tar'")
     urls = [(url, pattern) for pattern in patterns for url in _expand_one(pattern, where)]
     there = identities(url for url, _ in urls)
     by_name: dict[str, str] = {}
@@ -69,37 +75,31 @@ def expand(patterns: str | Iterable[str], where: str = "data.shards") -> list[st
     return list(by_name.values())
 
 
-def _expand_one(pattern: str, where: str) -> Iterator[str]:
-    """What a pattern names, and not yet whether it is there, where it names single files."""
-    try:
-        names = list(braceexpand(pattern))
-    except UnbalancedBracesError:
-        raise UserError(f"{where}: the braces of {pattern!r} do not close: write e.g. '{{00000..00009}}.tar'") from None
-    for name in names:
-        if name.endswith(LISTS):
-            for line in _lines(name, where):
-                yield from _expand_one(line, where)
-        elif any(c in name for c in "*?["):
-            found = sorted(filter(os.path.isfile, glob.glob(name))) if is_local(name) else storage.glob(name)
-            if not found:
-                raise UserError(f"{where}: nothing at {name}: check the path{_source(name, pattern)}")
-            yield from found
-        else:
-            yield name
-
-
 def _lines(name: str, where: str) -> list[str]:
-    """The shards that a list names, a line each; lines that begin with # are remarks."""
+    """The shards that a list names; lines that begin with # are remarks."""
     try:
         text = read_bytes(name).decode()
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{where}: no list of shards at {name}: check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}: {name} is no list of shards: write a path, URL or pattern a line") from None
-    lines = [line.strip() for line in text.splitlines()]
-    if nested := [line for line in lines if line.endswith(LISTS)]:
-        raise UserError(f"{where}: {name} names another list, {nested[0]}: name its shards")
-    return [line for line in lines if line and not line.startswith("#")]
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+def _expand_one(pattern: str, where: str) -> Iterator[str]:
+    """What a pattern names; whether it is there, is not yet known of single files."""
+    try:
+        names = list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        raise UserError(f"{where}: the braces of {pattern!r} do not close: write e.g. '{{00000..00009}}.tar'") from None
+    for name in names:
+        if not any(c in name for c in "*?["):
+            yield name
+            continue
+        found = sorted(filter(os.path.isfile, glob.glob(name))) if is_local(name) else storage.glob(name)
+        if not found:
+            raise UserError(f"{where}: nothing at {name}: check the path{_source(name, pattern)}")
+        yield from found
 
 
 def _source(name: str, pattern: str) -> str:

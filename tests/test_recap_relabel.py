@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from recap import storage
 from recap.caption_tables import read_table
 from recap.captioners.blip2 import Blip2
 from recap.config import DEFAULT_STYLES, Data, Style
@@ -116,7 +117,7 @@ def test_bytes_do_not_depend_on_the_other_shards_or_an_interruption(world_shards
     relabelled([str(other)], tmp_path / "one", world_models)
     assert (tmp_path / "both" / "00001.tar").read_bytes() == (tmp_path / "one" / "00001.tar").read_bytes()
     (tmp_path / "one" / "00001_stats.json").unlink()  # killed before its mark
-    (tmp_path / "one" / ".00001.tar.tmp").write_bytes(b"half")
+    storage.temporary(str(tmp_path / "one" / "00001.tar")).write_bytes(b"half")
     relabelled([str(other)], tmp_path / "one", world_models)
     assert (tmp_path / "both" / "00001.tar").read_bytes() == (tmp_path / "one" / "00001.tar").read_bytes()
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from recap import look
+from recap import look, storage
 from recap.config import Data
 from recap.config.stitch import Detr, Stitch
 from recap.errors import UserError
@@ -260,7 +261,8 @@ def test_a_killed_run_that_is_run_again_gives_the_same_bytes(stitch: Stitching, 
     stitch(tmp_path / "killed", inputs, num_images=70)
     (tmp_path / "killed/00001_stats.json").unlink()
     (tmp_path / "killed/00001.tar").unlink()
-    (tmp_path / "killed/.00001.tar.tmp").write_bytes(b"half a tar")
+    half = storage.temporary(str(tmp_path / "killed/00001.tar"))
+    half.with_name(half.name.replace(f"-{os.getpid()}.", "-4194305.")).write_bytes(b"half a tar")  # no such process
     first = (tmp_path / "killed/00000.tar").stat().st_mtime_ns
     assert stitch(tmp_path / "killed", inputs, num_images=70) == whole
     assert results(tmp_path / "killed") == results(tmp_path / "whole")

@@ -1,0 +1,314 @@
+"""Storage: what is read and written is whole, whatever the network does to it; what can't be mended is one line."""
+
+import errno
+import functools
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loopback import Faulty, faulty, s3
+
+from recap import storage
+from recap.errors import UserError
+from recap.sample import Sample
+from recap.shards import ShardWriter, expand, read_shard
+from recap.storage import open_read
+
+CONTENT = bytes(range(256)) * 3000
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small blocks, short waits, and file systems that no other test has used."""
+    quick = {"BLOCK": 50_000, "FIRST_WAIT": 0.01, "LAST_WAIT": 0.05, "STALL": 1.0, "LONG_STALL": 1.5}
+    for name, value in quick.items():
+        monkeypatch.setattr(storage, name, value)
+    storage._file_system.cache_clear()
+    yield
+    storage._file_system.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def s3_port() -> Iterator[int]:
+    with s3() as port:
+        yield port
+
+
+@pytest.fixture
+def bucket(s3_port: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An S3 server; requests reach it undisturbed."""
+    for name, value in {"ACCESS_KEY_ID": "key", "SECRET_ACCESS_KEY": "secret", "DEFAULT_REGION": "us-east-1",
+                        "ENDPOINT_URL": f"http://127.0.0.1:{s3_port}", "MAX_ATTEMPTS": "1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    if not fs.exists("recap"):
+        fs.mkdir("recap")
+    return "s3://recap"
+
+
+@pytest.fixture
+def troubled(bucket: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faulty]:
+    """The same, where three requests in ten fail."""
+    with faulty(s3_port, 0.3) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        yield server
+
+
+@contextmanager
+def web(folder: Path, has_ranges: bool) -> Iterator[str]:
+    class Handler(SimpleHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def send_head(self) -> Any:
+            span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            if not (has_ranges and span):
+                return super().send_head()
+            data = Path(self.translate_path(self.path)).read_bytes()[int(span[1]):int(span[2]) + 1]
+            self.send_response(206)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            return None
+
+        def end_headers(self) -> None:
+            if has_ranges:
+                self.send_header("Accept-Ranges", "bytes")
+            super().end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def read(url: str, size: int = 7777) -> bytes:
+    with open_read(url) as file:
+        return b"".join(iter(lambda: file.read(size), b""))
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_what_s3_holds_is_read_whole_in_any_portions(bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/content", CONTENT)
+    assert [read(f"{bucket}/content", size) == CONTENT for size in (512, 60_000, 10**7, -1)] == [True] * 4
+    assert storage.read_bytes(f"{bucket}/content") == CONTENT
+    storage.write_bytes(f"{bucket}/empty", b"")
+    assert read(f"{bucket}/empty") == b""
+
+
+def test_requests_that_fail_or_stall_lose_and_double_nothing(troubled: Faulty) -> None:
+    for place in range(3):
+        storage.write_bytes(f"s3://recap/troubled/{place}", CONTENT[place:])
+    assert [read(f"s3://recap/troubled/{place}") for place in range(3)] == [CONTENT[place:] for place in range(3)]
+    assert storage.names("s3://recap/troubled") == {"0", "1", "2"}
+    storage.remove("s3://recap/troubled/1")
+    assert storage.names("s3://recap/troubled") == {"0", "2"}
+    assert set(troubled.counts) == {"served", "refuse", "cut", "lose", "stall"}
+
+
+@pytest.mark.parametrize("has_ranges", [True, False])
+def test_the_web_with_and_without_parts(tmp_path: Path, has_ranges: bool) -> None:
+    (tmp_path / "content").write_bytes(CONTENT)
+    (tmp_path / "empty").write_bytes(b"")
+    with web(tmp_path, has_ranges) as url, faulty(int(url.rsplit(":", 1)[1]), 0.2, seed=1) as server:
+        assert read(f"{url}/content") == CONTENT and read(f"{url}/empty") == b""
+        assert read(f"http://127.0.0.1:{server.server_address[1]}/content") == CONTENT
+        assert server.counts.total() > server.counts["served"]
+
+
+class Unreliable(MemoryFileSystem):
+    """What each next request comes to: all of it, so many bytes of it, an error, or no answer for now."""
+
+    protocol = "unreliable"
+    plan: list[Any] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("unreliable://").lstrip("/")
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        found = bytes(super().cat_file(path, start=start, end=end, **options))
+        fault = self.plan.pop(0) if self.plan else None
+        if fault == "error":
+            raise ConnectionResetError("by the peer")
+        if fault == "stall":
+            threading.Event().wait(0.2)
+        return found[:fault] if isinstance(fault, int) else found
+
+
+@settings(max_examples=60)
+@given(content=st.binary(max_size=300), sizes=st.lists(st.integers(1, 100), min_size=1, max_size=5),
+       plan=st.lists(st.none() | st.integers(0, 40) | st.sampled_from(["error", "stall"]), max_size=8))
+def test_any_faults_leave_the_content_as_it_is(content: bytes, sizes: list[int], plan: list[Any]) -> None:
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    fsspec.filesystem("memory").pipe_file("/content", content)
+    Unreliable.plan = list(plan)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"BLOCK": 64, "TRIES": 10, "FIRST_WAIT": 0.0, "STALL": 0.05}.items():
+            patch.setattr(storage, name, value)
+        found = b""
+        with open_read("unreliable://content") as file:
+            while part := file.read(sizes[len(found) % len(sizes)]):
+                found += part
+    assert found == content
+
+
+def test_what_never_works_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    fsspec.filesystem("memory").pipe_file("/content", b"x" * 100)
+    monkeypatch.setattr(storage, "TRIES", 3)
+    Unreliable.plan = ["error"] * 9
+    with pytest.raises(UserError, match=r"cannot read unreliable://content, after 3 tries \(ConnectionResetError: by"):
+        read("unreliable://content")
+    assert len(Unreliable.plan) == 6
+    Unreliable.plan = []
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(bucket: str) -> None:
+    storage.write_bytes(f"{bucket}/changing", CONTENT)
+    with open_read(f"{bucket}/changing") as file, pytest.raises(UserError, match="was changed while it was read"):
+        file.read(10)
+        storage.write_bytes(f"{bucket}/changing", CONTENT[::-1])
+        while file.read(10_000):
+            pass
+
+
+def test_what_is_not_there_or_not_allowed_is_said_at_once(bucket: str, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_read(f"{bucket}/none")
+    with web(tmp_path, True) as url, pytest.raises(FileNotFoundError):
+        open_read(f"{url}/none")
+    with pytest.raises(UserError, match=r"nothing at s3://recap/none\.tar: check the path"):
+        expand(f"{bucket}/none.tar")
+    with pytest.raises(UserError, match="no-such-protocol://x"):
+        open_read("no-such-protocol://x")
+    with pytest.raises(UserError, match="nothing can be written to the web"):
+        storage.write_bytes("https://example.org/x", b"")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    storage._file_system.cache_clear()
+    with pytest.raises(UserError, match="check the address, and the credentials"):
+        open_read(f"{bucket}/none")
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    code = "import sys; sys.modules['s3fs'] = None; from recap.storage import open_read; open_read('s3://recap/x')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "s3://recap/x needs a package that is not installed: pip install 'recap-t2i[s3]'" in found.stderr
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_many_shards_are_found_by_one_listing(bucket: str, s3_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in range(12):
+        storage.write_bytes(f"{bucket}/many/{place:05d}.tar", b"x" * place)
+    with faulty(s3_port, 0.0) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        storage._file_system.cache_clear()
+        names = expand(f"{bucket}/many/{{00000..00011}}.tar")
+        assert names == [f"{bucket}/many/{place:05d}.tar" for place in range(12)]
+        assert [size for _, size, _ in storage.identities(names).values()] == list(range(12))
+        assert server.counts["served"] < 8
+    assert expand(f"{bucket}/many/*[13].tar") == [f"{bucket}/many/{place}.tar" for place in ("00001", "00003", "00011")]
+    assert storage.identity(names[3]) == storage.identities(names)[names[3]]
+
+
+def test_lists_name_shards_local_and_remote(bucket: str, tmp_path: Path) -> None:
+    for name in ("00000.tar", "00001.tar", "00002.tar"):
+        (tmp_path / name).write_bytes(b"")
+    storage.write_bytes(f"{bucket}/00003.tar", b"")
+    lines = ["# shards", f"{tmp_path}/0000{{0..1}}.tar", "", f"  {bucket}/00003.tar"]
+    (tmp_path / "shards.txt").write_text("\n".join(lines))
+    expected = [f"{tmp_path}/00000.tar", f"{tmp_path}/00001.tar", f"{bucket}/00003.tar"]
+    assert expand(str(tmp_path / "shards.txt")) == expected
+    storage.write_bytes(f"{bucket}/shards.list", "\n".join(lines).encode())
+    assert expand([f"{bucket}/shards.list", f"{tmp_path}/00002.tar"]) == [*expected, f"{tmp_path}/00002.tar"]
+    with pytest.raises(UserError, match="no list of shards at"):
+        expand(str(tmp_path / "none.txt"))
+
+
+def test_there_is_nothing_in_a_folder_that_is_not_there(bucket: str, tmp_path: Path) -> None:
+    assert storage.names(f"{bucket}/nowhere") == storage.names(str(tmp_path / "nowhere")) == set()
+    storage.remove(f"{bucket}/nowhere/x")
+    storage.remove(str(tmp_path / "nowhere"))
+
+
+# --- writing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_goes_to_s3_and_comes_back(troubled: Faulty) -> None:
+    samples = [Sample("00000", f"{place}", {"txt": b"x" * 5000 * place}) for place in range(40)]
+    with ShardWriter("s3://recap/out/00000.tar") as writer:
+        for sample in samples:
+            writer.write(sample)
+    found = list(read_shard("s3://recap/out/00000.tar", rejects := []))
+    assert {each.key: each.members for each in found} == {each.key: each.members for each in samples} and not rejects
+
+
+def test_nothing_is_left_behind_after_an_error(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with pytest.raises(ZeroDivisionError), ShardWriter(f"{bucket}/failed/00000.tar") as writer:
+        writer.write(Sample("00000", "a", {"txt": b"x"}))
+        raise ZeroDivisionError
+    with ShardWriter(f"{bucket}/failed/00001.tar") as writer:
+        writer.write(Sample("00001", "a", {"txt": b"x"}))
+    assert storage.names(f"{bucket}/failed") == {"00001.tar"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_neither_a_file_nor_its_beginning(tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys
+from recap.shards import ShardWriter
+from recap.sample import Sample
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    with ShardWriter(sys.argv[1]) as writer:
+        for place in range(100):
+            writer.write(Sample("00000", str(place), {"txt": bytes(10_000)}))
+except OSError as error:
+    sys.exit(error.errno)
+"""
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "00000.tar")], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (errno.EFBIG, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_build_is_not(tmp_path: Path) -> None:
+    def left_by(process: int, name: str) -> Path:
+        own = storage.temporary(str(tmp_path / name))
+        return own.with_name(own.name.replace(f"-{os.getpid()}.", f"-{process}."))
+
+    gone = left_by(2**22 + 1, "a.tar")  # more processes there can't be
+    folder = left_by(2**22 + 1, "b")
+    own, running = left_by(os.getpid(), "c.tar"), left_by(os.getppid(), "d.tar")
+    other = tmp_path / ".e.tar.01234567-4194305.tmp"  # of another machine
+    for path in (gone, own, running, other, tmp_path / "00000.tar"):
+        path.write_bytes(b"x")
+    folder.mkdir()
+    (folder / "x").write_bytes(b"x")
+    storage.clean(str(tmp_path))
+    assert set(tmp_path.iterdir()) == {running, other, tmp_path / "00000.tar"}
