@@ -41,8 +41,9 @@ test: $(READY)  ## The quick tests: under 10 minutes
 test-full: $(READY)  ## All tests, with kills, browsers, servers and long runs: under 60 minutes
 	@$(PYTEST)
 
-bench: $(READY)  ## Fine-tuning's images/s against a plain loop of transformers and peft, in one run
+bench: $(READY)  ## Images/s of fine-tuning and of relabelling against plain loops of transformers, in one run each
 	@$(BIN)/python tests/benchmarks/finetune.py
+	@$(BIN)/python tests/benchmarks/relabel.py
 
 check: $(READY)  ## Lint and check the types
 	@$(BIN)/ruff check .
