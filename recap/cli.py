@@ -118,6 +118,17 @@ def status(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def verify(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check a relabelled set against its input: keys, bytes, captions, stats."""
+    from recap import pipeline
+    from recap.config import load
+    from recap.verify import run
+    exp = load(config, overrides or [], pipeline.Experiment)
+    plan = pipeline.Plan(exp)
+    print(run(plan.relabel_inputs.urls, plan.relabel_output, exp.relabel.format, list(exp.styles)))
+
+
+@app.command()
 def show(
     shards: Annotated[list[str], typer.Argument(help="Shards, relabelled or not, or parquets of captions only.")],
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many samples.")] = 5,

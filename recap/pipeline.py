@@ -94,6 +94,8 @@ class Experiment(Table):
                 near = difflib.get_close_matches(arm, self.arm, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"define [arm.{arm}], or take {', '.join(self.arm)}"
                 raise ValueError(f"arms: no arm {arm!r}: {hint}")
+        if taken := sorted({"alt", "key", "mix", "recap", "sha256"} & self.styles.keys()):
+            raise ValueError(f"styles.{taken[0]}: shards and tables call something else so: choose another name")
         mix = self.relabel.mix if "mix" in self.relabel.model_fields_set else {}  # the default holds where it can
         if unknown := sorted(set(mix) - set(self.styles)):
             raise ValueError(f"relabel.mix: no style {unknown[0]!r}: the styles are {', '.join(self.styles)}")
