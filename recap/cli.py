@@ -103,9 +103,18 @@ def relabel(
     config: ConfigFile, overrides: Overrides = None, redo: Redo = False,
     go_on: Annotated[bool, typer.Option("--go-on", help="Keep finished shards of other settings; relabel the rest.")]
     = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Relabel a little, and say what all would take.")] = False,
+    price: Annotated[float | None, typer.Option(help="With --plan: of a device for an hour.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="With --plan: how many share the work.")] = 1,
 ) -> None:
     """Add the captioner's captions to shards."""
-    _run("relabel", config, overrides, False, redo, go_on)
+    if not plan:
+        _run("relabel", config, overrides, False, redo, go_on)
+        return
+    from recap import pipeline
+    from recap.config import load
+    from recap.relabel_plan import plan as probe
+    print(probe(load(config, overrides or [], pipeline.Experiment), price, devices))
 
 
 @app.command()

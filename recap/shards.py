@@ -21,7 +21,17 @@ from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-
 from recap import storage
 from recap.errors import UserError
 from recap.sample import Sample
-from recap.storage import discard, identities, is_local, open_read, publish, read_bytes, temporary, write_bytes
+from recap.storage import (
+    discard,
+    identities,
+    is_local,
+    open_read,
+    publish,
+    read_bytes,
+    room_for,
+    temporary,
+    write_bytes,
+)
 
 MAX_MEMBER_BYTES = 256 * 2**20
 LISTS = (".txt", ".list")
@@ -83,7 +93,8 @@ def _lines(name: str, where: str) -> list[str]:
         raise UserError(f"{where}: no list of shards at {name}: check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"{where}: {name} is no list of shards: write a path, URL or pattern a line") from None
-    return [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    lines = map(str.strip, text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _expand_one(pattern: str, where: str) -> Iterator[str]:
@@ -208,6 +219,8 @@ def _read_members(url: str) -> Iterator[tuple[str, bytes, int, tuple[str, str] |
                 if stream.has_more():
                     raise tarfile.ReadError("more data after the end-of-archive mark")
             except (tarfile.TarError, EOFError, ValueError, RecursionError, MemoryError, OverflowError) as error:
+                if isinstance(file, storage.Remote):
+                    file.check_unchanged()  # else the rest of another shard would be taken for damage
                 fault = ("truncated_shard", f"{error}, at byte {stream.position:,} of {url}")
                 yield name or shard_name(url), b"", 0, fault
     except FileNotFoundError:
@@ -250,7 +263,8 @@ class ShardWriter:
         for extension, content in sample.members.items():
             info = tarfile.TarInfo(f"{sample.key}.{extension}")  # its defaults: time 0, owner 0
             info.size = len(content)
-            self._tar.addfile(info, io.BytesIO(content))
+            with room_for(self._temporary):
+                self._tar.addfile(info, io.BytesIO(content))
 
     def __enter__(self) -> Self:
         return self
@@ -258,13 +272,13 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         try:
-            with self._file:
+            with room_for(self._temporary), self._file:
                 if kind is None:
                     self._tar.close()
             if kind is None:
                 publish(self._temporary, self.url)
-        except OSError:
-            if kind is None:  # else a full disk is told of already
+        except (OSError, UserError):
+            if kind is None:  # else what went wrong is told of already
                 raise
         finally:
             discard(self._temporary, self.url)

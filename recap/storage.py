@@ -4,6 +4,7 @@ A network fails in many ways: requests are refused, cut short, or never answered
 again, a bounded number of times, and so far as it has not been answered. What is written is there whole or not at all.
 """
 
+import errno
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import count, islice
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Self, TypeVar
@@ -43,9 +44,11 @@ Identity = list[str | int]
 """What tells one version of a file from another without reading it: name, size, and time or etag."""
 VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified", "last_modified", "mtime")
 """What storages call it."""
-NETWORKS = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpx", "huggingface_hub", "requests",
-            "s3fs", "urllib3"}
+NETWORKS = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub",
+            "requests", "s3fs", "urllib3"}
 """Packages whose exceptions mean that something went wrong elsewhere."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a system says of a disk that holds no more, or no more of this user."""
 T = TypeVar("T")
 
 
@@ -72,9 +75,7 @@ def _wait_or_raise(what: str, url: str, error: Exception, tries: int) -> None:
     is_of_network = isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in NETWORKS
     if isinstance(error, FileNotFoundError) or not is_of_network:
         raise error
-    status = getattr(error, "status", None)
-    if isinstance(error, PermissionError) or re.search("Credentials|ParamValidation", type(error).__name__) or (
-            isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)):
+    if _is_refused(error):
         raise UserError(f"cannot {what} {url} ({_said(error)}): check the address, and the credentials in the "
                         "environment") from error
     if tries == TRIES:
@@ -83,8 +84,18 @@ def _wait_or_raise(what: str, url: str, error: Exception, tries: int) -> None:
     time.sleep(min(LAST_WAIT, FIRST_WAIT * 2 ** (tries - 1)) * random.uniform(0.5, 1))
 
 
-def _in_time(ask: Callable[[], T], seconds: float) -> T:
-    """The answer; one that comes too late is not waited for, whoever holds it up."""
+def _is_refused(error: Exception) -> bool:
+    """Whether the server would say the same again. Its status has another name in each library."""
+    statuses = (getattr(error, "status", None), getattr(error, "code", None),
+                getattr(getattr(error, "response", None), "status_code", None))
+    return (isinstance(error, PermissionError)
+            or re.search("Credentials|ParamValidation", type(error).__name__) is not None
+            or str(error).startswith("Forbidden: ")  # gcsfs
+            or any(isinstance(status, int) and 400 <= status < 500 and status not in (408, 429) for status in statuses))
+
+
+def _begin(ask: Callable[[], T]) -> "Future[T]":
+    """Ask in a thread that nobody need wait for, at the end of the process neither."""
     answer: Future[T] = Future()
 
     def run() -> None:
@@ -94,6 +105,12 @@ def _in_time(ask: Callable[[], T], seconds: float) -> T:
             answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
+    return answer
+
+
+def _in_time(ask: Callable[[], T], seconds: float) -> T:
+    """The answer; one that comes too late is not waited for, whoever holds it up."""
+    answer = _begin(ask)
     try:
         return answer.result(seconds)
     except TimeoutError:
@@ -116,7 +133,9 @@ def _opened(url: str) -> tuple[Any, str]:
     try:
         kind = fsspec.get_filesystem_class(protocol)
         options = kind._get_kwargs_from_urls(url)
-        return _file_system(protocol, json.dumps(options)), kind._strip_protocol(url)
+        # What isn't made for threads, such as the hub's, is made anew: it remembers listings, whatever it is told.
+        make = _file_system if kind.async_impl else _file_system.__wrapped__
+        return make(protocol, json.dumps(options)), kind._strip_protocol(url)
     except ImportError as error:
         extra = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}.get(protocol)
         needed = f"pip install 'recap-t2i[{extra}]'" if extra else str(error)
@@ -129,6 +148,9 @@ def _opened(url: str) -> tuple[Any, str]:
 def _file_system(protocol: str, options: str) -> Any:
     """One for all threads: fsspec would keep one for each, with connections of its own. Nothing listed is kept."""
     return fsspec.filesystem(protocol, use_listings_cache=False, skip_instance_cache=True, **json.loads(options))
+
+
+os.register_at_fork(after_in_child=_file_system.cache_clear)  # its connections and its loop stay with the parent
 
 
 # --- what is there -------------------------------------------------------------------------------------------------
@@ -270,23 +292,25 @@ class Remote:
 
     def _blocks(self) -> Generator[bytes, None, None]:
         """By requests for parts, each of which can be made again."""
-        starts = iter(range(0, self.size, BLOCK))
-        pool = ThreadPoolExecutor(1)
-        try:
-            coming = [pool.submit(self._block, start) for start in islice(starts, 1)]
-            while coming:
-                block = coming.pop().result()
-                coming = [pool.submit(self._block, start) for start in islice(starts, 1)]
-                if not coming:
-                    self._check_unchanged()
-                yield block
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        blocks = (functools.partial(self._block, start) for start in range(0, self.size, BLOCK))
+        coming = [_begin(block) for block in islice(blocks, 1)]
+        while coming:
+            block = coming.pop().result()
+            coming = [_begin(block) for block in islice(blocks, 1)]
+            if not coming:
+                self.check_unchanged()
+            yield block
 
     def _block(self, start: int) -> bytes:
         end = min(start + BLOCK, self.size)
 
+        has_failed = False
+
         def ask() -> bytes:
+            nonlocal has_failed
+            if has_failed and not self._is_unchanged():
+                raise self._changed()
+            has_failed = True  # unless it is the last time
             block: bytes = self.fs.cat_file(self.path, start=start, end=end)
             if len(block) != end - start:
                 raise EOFError(f"{len(block):,} of {end - start:,} bytes")
@@ -312,7 +336,7 @@ class Remote:
             except Exception as error:  # noqa: BLE001
                 tries = 1 if given > begun else tries + 1
                 _wait_or_raise("read", self.url, error, tries)
-                self._check_unchanged()
+                self.check_unchanged()
 
     def _stream(self, start: int) -> Iterator[bytes]:
         with _in_time(lambda: self.fs.open(self.path, block_size=0), STALL) as file:
@@ -322,10 +346,16 @@ class Remote:
                     yield block[max(0, start - position):]
                 position += len(block)
 
-    def _check_unchanged(self) -> None:
-        info = _info(self.url)
-        if info is None or _identity(self.url, info) != self.identity:
-            raise self._changed()
+    def check_unchanged(self) -> None:
+        """UserError where the file is another one by now."""
+        with suppress(FileNotFoundError):
+            if _patiently("find", self.url, self._is_unchanged):
+                return
+        raise self._changed()
+
+    def _is_unchanged(self) -> bool:
+        fs, path = _opened(self.url)
+        return _identity(self.url, fs.info(path)) == self.identity
 
     def _changed(self) -> UserError:
         return UserError(f"{self.url} was changed while it was read: let nobody write to it, and run the same command "
@@ -362,6 +392,18 @@ def publish(path: Path, url: str) -> None:
             raise EOFError(f"{size:,} of {path.stat().st_size:,} bytes arrived")
 
     _patiently("write", url, put, LONG_STALL)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Have a full disk named, in a UserError, while a file is built."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(f"no space left at {path.parent} ({error.strerror}): free some, and run the same command "
+                        "again") from error
 
 
 def discard(path: Path, url: str) -> None:
@@ -413,8 +455,9 @@ def write_bytes(url: str, data: bytes) -> None:
     """Write a file whole or not at all."""
     path = temporary(url)
     try:
-        path.write_bytes(data)
-        publish(path, url)
+        with room_for(path):
+            path.write_bytes(data)
+            publish(path, url)
     finally:
         discard(path, url)
 
