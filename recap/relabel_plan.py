@@ -87,8 +87,9 @@ def _probe(job: Job, shards: list[str], device: str, folder: Path) -> Probe:
     added, table = _captions_bytes(outputs, folder)
     sizes = sum(int(size) for _, size, _ in identities(shards).values())
     counted = count_images(shards) if all(map(is_local, shards)) else None
-    return Probe(environment()["hardware"], num_in, len(taken), images / seconds, sums["quarantined"], bytes_in, added / num_out,
-                 table / num_out, counted if counted is not None else round(sizes / bytes_in), counted is None)
+    whole = round(sizes / bytes_in) if counted is None else counted
+    return Probe(environment()["hardware"], num_in, len(taken), images / seconds, sums["quarantined"], bytes_in,
+                 added / num_out, table / num_out, whole, is_estimated=counted is None)
 
 
 def _take(url: str, path: Path, config: Relabel) -> Path:

@@ -272,11 +272,12 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         try:
-            with room_for(self._temporary), self._file:
+            with room_for(self._temporary):
+                with self._file:
+                    if kind is None:
+                        self._tar.close()
                 if kind is None:
-                    self._tar.close()
-            if kind is None:
-                publish(self._temporary, self.url)
+                    publish(self._temporary, self.url)
         except (OSError, UserError):
             if kind is None:  # else what went wrong is told of already
                 raise

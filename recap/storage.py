@@ -85,13 +85,14 @@ def _wait_or_raise(what: str, url: str, error: Exception, tries: int) -> None:
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether the server would say the same again. Its status has another name in each library."""
-    statuses = (getattr(error, "status", None), getattr(error, "code", None),
-                getattr(getattr(error, "response", None), "status_code", None))
+    """Whether the server would say the same again."""
+    answer = getattr(error, "response", error)
+    names = ("status", "status_code", "code")  # aiohttp's, the hub's, gcsfs's
+    status = next((getattr(answer, name) for name in names if hasattr(answer, name)), None)
     return (isinstance(error, PermissionError)
-            or re.search("Credentials|ParamValidation", type(error).__name__) is not None
-            or str(error).startswith("Forbidden: ")  # gcsfs
-            or any(isinstance(status, int) and 400 <= status < 500 and status not in (408, 429) for status in statuses))
+            or re.search("Credentials|ParamValidation|OfflineMode", type(error).__name__) is not None
+            or str(error).startswith("Forbidden: ")  # gcsfs's 403
+            or (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)))
 
 
 def _begin(ask: Callable[[], T]) -> "Future[T]":
@@ -304,13 +305,13 @@ class Remote:
     def _block(self, start: int) -> bytes:
         end = min(start + BLOCK, self.size)
 
-        has_failed = False
+        is_again = False
 
         def ask() -> bytes:
-            nonlocal has_failed
-            if has_failed and not self._is_unchanged():
+            nonlocal is_again
+            if is_again and not self._is_unchanged():
                 raise self._changed()
-            has_failed = True  # unless it is the last time
+            is_again = True
             block: bytes = self.fs.cat_file(self.path, start=start, end=end)
             if len(block) != end - start:
                 raise EOFError(f"{len(block):,} of {end - start:,} bytes")

@@ -1,7 +1,7 @@
 """Storage: what is read and written is whole, whatever the network does to it; what can't be mended is one line."""
 
-import errno
 import functools
+import json
 import os
 import re
 import subprocess
@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ CONTENT = bytes(range(256)) * 3000
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small blocks, short waits, and file systems that no other test has used."""
-    quick = {"BLOCK": 50_000, "FIRST_WAIT": 0.01, "LAST_WAIT": 0.05, "STALL": 1.0, "LONG_STALL": 1.5}
+    quick = {"BLOCK": 50_000, "FIRST_WAIT": 0.01, "LAST_WAIT": 0.05, "STALL": 0.6, "LONG_STALL": 1.0}
     for name, value in quick.items():
         monkeypatch.setattr(storage, name, value)
     storage._file_system.cache_clear()
@@ -90,13 +90,66 @@ def web(folder: Path, has_ranges: bool) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
+    with serving(functools.partial(Handler, directory=str(folder))) as url:
+        yield url
+
+
+@contextmanager
+def serving(handler: Any) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
         server.shutdown()
         server.server_close()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """So much of the hub's API as one data set needs, `me/shards`."""
+
+    protocol_version = "HTTP/1.1"
+    files: dict[str, bytes] = {}
+    status = 200
+    requests = 0
+
+    def do_GET(self) -> None:
+        Hub.requests += 1
+        path, name = self.path.partition("?")[0], self.path.rpartition("/")[2]
+        span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if self.status != 200:
+            self.answer(self.status, b"{}")
+        elif "/tree/" in path:
+            self.answer(200, json.dumps([
+                {"type": "file", "path": name, "size": len(data), "oid": f"{hash(data)}"}
+                for name, data in self.files.items()]).encode())
+        elif path.startswith("/api/"):
+            self.answer(200, json.dumps({"id": "me/shards", "sha": "0" * 40}).encode())
+        elif span:
+            self.answer(206, self.files[name][int(span[1]):int(span[2]) + 1])
+        else:
+            self.answer(200, self.files[name])
+
+    def answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    from huggingface_hub import constants
+    monkeypatch.setattr(Hub, "files", {"00000.tar": CONTENT})
+    monkeypatch.setattr(Hub, "status", 200)
+    with serving(Hub) as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # which conftest sets; this hub is on loopback
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        yield "hf://datasets/me/shards"
 
 
 def read(url: str, size: int = 7777) -> bytes:
@@ -192,6 +245,116 @@ def test_a_file_that_changes_while_it_is_read_is_refused(bucket: str) -> None:
             pass
 
 
+@pytest.mark.parametrize("change", [lambda tar: tar.replace(b"1" * 3000, b"1" * 3600), lambda tar: tar[:70_000]],
+                         ids=["longer", "cut"])
+def test_a_shard_that_changes_while_it_is_read_is_not_taken_for_a_damaged_one(bucket: str, tmp_path: Path,
+                                                                              change: Any) -> None:
+    with ShardWriter(str(tmp_path / "00000.tar")) as writer:
+        for place in range(60):
+            writer.write(Sample("00000", f"{place}", {"txt": b"1" * 3000}))
+    tar = (tmp_path / "00000.tar").read_bytes()
+    storage.write_bytes(f"{bucket}/changes/00000.tar", tar)
+    samples = read_shard(f"{bucket}/changes/00000.tar", rejects := [])
+    next(samples)
+    storage.write_bytes(f"{bucket}/changes/00000.tar", change(tar))
+    with pytest.raises(UserError, match="was changed while it was read"):
+        list(samples)
+    assert not rejects
+
+
+def test_the_hub_is_read_as_it_is_now(hub: str) -> None:
+    assert storage.names(hub) == {"00000.tar"} and read(f"{hub}/00000.tar") == CONTENT
+    before = storage.identity(f"{hub}/00000.tar")
+    Hub.files |= {"00000.tar": CONTENT[1:], "00001.tar": b"x"}
+    assert storage.names(hub) == {"00000.tar", "00001.tar"}
+    assert expand(f"{hub}/*.tar") == [f"{hub}/00000.tar", f"{hub}/00001.tar"]
+    assert storage.identity(f"{hub}/00000.tar") != before
+    with open_read(f"{hub}/00000.tar") as file, pytest.raises(UserError, match="was changed while it was read"):
+        file.read(10)
+        Hub.files["00000.tar"] = CONTENT[::-1]
+        while file.read(10_000):
+            pass
+
+
+def test_what_the_hub_refuses_is_not_asked_again(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hub, "status", 403)
+    monkeypatch.setattr(Hub, "requests", 0)
+    with pytest.raises(UserError, match="check the address, and the credentials") as caught:
+        open_read(f"{hub}/00000.tar")
+    assert "\n" not in str(caught.value) and Hub.requests <= 2
+
+
+def test_offline_the_hub_is_not_asked(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"cannot find hf://.* \(OfflineModeIsEnabled: .*: check the address"):
+        open_read(f"{hub}/00000.tar")
+
+
+def test_a_hub_that_does_not_answer_is_asked_again(hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils._http import httpx2
+    monkeypatch.setattr(storage, "TRIES", 3)
+    asked = []
+
+    def ask() -> None:
+        asked.append(1)
+        raise httpx2.ConnectError("connection refused")
+
+    with pytest.raises(UserError, match="after 3 tries"):
+        storage._patiently("read", hub, ask)
+    assert len(asked) == 3
+
+
+FORK = """
+import os, sys
+from recap.storage import read_bytes
+assert read_bytes(sys.argv[1])
+if os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+print(len(read_bytes(sys.argv[1])), flush=True)
+"""
+
+LEAVE = """
+import threading
+import fsspec
+from fsspec.implementations.memory import MemoryFileSystem
+from recap import storage
+asked = threading.Event()
+
+class Silent(MemoryFileSystem):
+    protocol = "silent"
+
+    @staticmethod
+    def _strip_protocol(path):
+        return "/" + path.removeprefix("silent://").lstrip("/")
+
+    def cat_file(self, path, start=None, end=None):
+        if start:
+            asked.set()
+            threading.Event().wait()
+        return super().cat_file(path, start=start, end=end)
+
+fsspec.register_implementation("silent", Silent)
+fsspec.filesystem("memory").pipe_file("/content", bytes(300))
+storage.BLOCK = 100
+with storage.open_read("silent://content") as file:
+    file.read(10)
+    asked.wait()
+print("left")
+"""
+
+
+def test_a_forked_process_reads_too(tmp_path: Path) -> None:
+    (tmp_path / "content").write_bytes(CONTENT)
+    with web(tmp_path, True) as url:
+        found = subprocess.run([sys.executable, "-c", FORK, f"{url}/content"], capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (0, f"{len(CONTENT)}\n"), found.stderr
+
+
+def test_a_process_ends_while_a_request_is_not_answered() -> None:
+    found = subprocess.run([sys.executable, "-c", LEAVE], capture_output=True, text=True, timeout=30)
+    assert (found.returncode, found.stdout) == (0, "left\n"), found.stderr
+
+
 def test_what_is_not_there_or_not_allowed_is_said_at_once(bucket: str, tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FileNotFoundError):
@@ -238,7 +401,7 @@ def test_lists_name_shards_local_and_remote(bucket: str, tmp_path: Path) -> None
     for name in ("00000.tar", "00001.tar", "00002.tar"):
         (tmp_path / name).write_bytes(b"")
     storage.write_bytes(f"{bucket}/00003.tar", b"")
-    lines = ["# shards", f"{tmp_path}/0000{{0..1}}.tar", "", f"  {bucket}/00003.tar"]
+    lines = ["# shards", f"{tmp_path}/0000{{0..1}}.tar", "", f"  {bucket}/00003.tar", "  # remark"]
     (tmp_path / "shards.txt").write_text("\n".join(lines))
     expected = [f"{tmp_path}/00000.tar", f"{tmp_path}/00001.tar", f"{bucket}/00003.tar"]
     assert expand(str(tmp_path / "shards.txt")) == expected
@@ -257,7 +420,8 @@ def test_there_is_nothing_in_a_folder_that_is_not_there(bucket: str, tmp_path: P
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def test_a_shard_goes_to_s3_and_comes_back(troubled: Faulty) -> None:
+def test_a_shard_goes_to_s3_and_comes_back(troubled: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "BLOCK", 300_000)
     samples = [Sample("00000", f"{place}", {"txt": b"x" * 5000 * place}) for place in range(40)]
     with ShardWriter("s3://recap/out/00000.tar") as writer:
         for sample in samples:
@@ -278,22 +442,32 @@ def test_nothing_is_left_behind_after_an_error(bucket: str, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_neither_a_file_nor_its_beginning(tmp_path: Path) -> None:
+@pytest.mark.parametrize("samples", [100, 1], ids=["while-writing", "at-the-end"])
+def test_a_full_disk_leaves_neither_a_file_nor_its_beginning(tmp_path: Path, samples: int) -> None:
     code = """
 import resource, signal, sys
+from recap.errors import UserError
 from recap.shards import ShardWriter
 from recap.sample import Sample
+from recap.storage import write_bytes
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-try:
-    with ShardWriter(sys.argv[1]) as writer:
-        for place in range(100):
-            writer.write(Sample("00000", str(place), {"txt": bytes(10_000)}))
-except OSError as error:
-    sys.exit(error.errno)
+limit = 3_000 * int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+def shard():
+    with ShardWriter(sys.argv[1] + "/00000.tar") as writer:
+        for place in range(int(sys.argv[2])):
+            writer.write(Sample("00000", str(place), {"txt": bytes(2_500)}))
+
+for write in (shard, lambda: write_bytes(sys.argv[1] + "/stats.json", bytes(limit + 1))):
+    try:
+        write()
+    except UserError as error:
+        print(error)
 """
-    found = subprocess.run([sys.executable, "-c", code, str(tmp_path / "00000.tar")], capture_output=True, text=True)
-    assert (found.returncode, found.stderr) == (errno.EFBIG, "")
+    found = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(samples)], capture_output=True, text=True)
+    said = f"no space left at {tmp_path} (File too large): free some, and run the same command again\n"
+    assert (found.stdout, found.stderr) == (said * 2, "")
     assert list(tmp_path.iterdir()) == []
 
 
