@@ -106,6 +106,7 @@ def run(stage: StageDir, shards: list[str], captioner: CaptionerConfig, tuned: P
             meter.shard(shard, stats["count"], reasons(stats))
     if not progress.is_main():
         return {}
+    clean(out)  # what lost workers have left
     return _finish(job, stage, [found.get(shard) or read_stats(out, shard) for shard in shards], shards)
 
 

@@ -188,11 +188,33 @@ def test_the_web_with_and_without_parts(tmp_path: Path, has_ranges: bool) -> Non
         assert server.counts.total() > server.counts["served"]
 
 
+def test_a_server_without_parts_is_gone_on_with_after_a_cut() -> None:
+    answers = iter([70_000, 10_000, 400_000, len(CONTENT)])
+
+    class Cut(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(CONTENT[:next(answers)])
+
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT)))
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with serving(Cut) as url:
+        assert read(f"{url}/content") == CONTENT
+    assert next(answers, None) is None
+
+
 class Unreliable(MemoryFileSystem):
-    """What each next request comes to: all of it, so many bytes of it, an error, or no answer for now."""
+    """What each next request comes to: all of it, so many bytes of it, an error, no answer for now, or none at all."""
 
     protocol = "unreliable"
     plan: list[Any] = []
+    is_over = threading.Event()
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -205,7 +227,13 @@ class Unreliable(MemoryFileSystem):
             raise ConnectionResetError("by the peer")
         if fault == "stall":
             threading.Event().wait(0.2)
+        if fault == "silence":
+            self.is_over.wait(20)
+            raise AssertionError("this was waited for")
         return found[:fault] if isinstance(fault, int) else found
+
+    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        self.pipe_file(rpath, Path(lpath).read_bytes()[:self.plan.pop(0) if self.plan else None])
 
 
 @settings(max_examples=60)
@@ -223,6 +251,26 @@ def test_any_faults_leave_the_content_as_it_is(content: bytes, sizes: list[int],
             while part := file.read(sizes[len(found) % len(sizes)]):
                 found += part
     assert found == content
+
+
+def test_a_request_that_is_never_answered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    fsspec.filesystem("memory").pipe_file("/content", CONTENT)
+    monkeypatch.setattr(storage, "STALL", 0.1)
+    Unreliable.plan = ["silence", None, "silence", "silence"]
+    assert read("unreliable://content") == CONTENT
+    Unreliable.is_over.set()
+
+
+def test_what_arrives_in_part_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    monkeypatch.setattr(storage, "TRIES", 3)
+    Unreliable.plan = [5, 0]
+    storage.write_bytes("unreliable://sent", b"0123456789")
+    assert fsspec.filesystem("memory").cat_file("/sent") == b"0123456789"
+    Unreliable.plan = [5, 5, 5]
+    with pytest.raises(UserError, match=r"cannot write unreliable://sent, after 3 tries \(EOFError: 5 of 10 bytes"):
+        storage.write_bytes("unreliable://sent", b"0123456789")
 
 
 def test_what_never_works_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,8 @@ class Ours:
         name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[dtype]
         styles = {style: Style(prompt=prompt, max_new_tokens=lengths.most[style]) for style, prompt in PROMPTS.items()}
         config = Relabel(images=Images(duplicates="ignore"))
-        self.job = Job(str(out), Captioner(model=str(folder), dtype=name), None, styles, config, Data())
+        self.job = Job(str(out), Captioner(model=str(folder), dtype=name), None, styles, config, Data(),
+                       "benchmark")
         self.captioner = open_captioner(self.job.captioner, device)
         self.device, self.out, self.styles = device, out, styles
 
