@@ -134,7 +134,8 @@ def verify(config: ConfigFile, overrides: Overrides = None) -> None:
     from recap.verify import run
     exp = load(config, overrides or [], pipeline.Experiment)
     plan = pipeline.Plan(exp)
-    print(run(plan.relabel_inputs.urls, plan.relabel_output, exp.relabel.format, list(exp.styles)))
+    print(run(plan.relabel_inputs.urls, plan.relabel_output, exp.relabel.format, list(exp.styles),
+              list(exp.relabel.mix)))
 
 
 @app.command()
@@ -267,7 +268,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _is_of_the_machine(error: Exception) -> bool:
     """A full disk, or a folder that may not be written; libraries written in Rust say so in their words only."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
     return getattr(error, "errno", None) in codes or any(f"(os error {code})" in str(error) for code in codes)
 
 

@@ -9,15 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
+from recap.config import Data, Style
+from recap.config.captioner import Captioner
+from recap.config.relabel import Relabel
 from recap.errors import UserError
-from recap.outputs import Format, open_output
+from recap.outputs import Format, file_name, open_output
+from recap.rundir import StageDir
 from recap.sample import Sample
 from recap.shard_work import stats_of
 from recap.shards import Reject, ShardWriter, read_shard
 from recap.storage import write_json
-from recap.verify import MAX_SHOWN, Verified, report, run, verify
+from recap.verify import MAX_KEPT, MAX_SHOWN, Verified, report, run, verify
 
 STYLES = ["short", "long"]
 KINDS: list[Format] = ["shards", "parquet", "folder"]
@@ -47,12 +53,12 @@ class Set:
                     writer.write(sample(place))
             self.write(shard, [relabelled(sample(place)) for place in range(10) if place != 4])
 
-    def write(self, shard: str, samples: list[Sample]) -> None:
+    def write(self, shard: str, samples: list[Sample], rejects: list[Reject] | None = None) -> None:
         with open_output(self.kind, str(self.out), Path(shard).stem, "long") as output:
             for each in samples:
                 output.write(each)
-        stats = stats_of(shard, str(self.out), 9, [Reject(Path(shard).stem, "004", "undecodable_image")],
-                         captions={}, settings="s")
+        rejects = [Reject(Path(shard).stem, "004", "undecodable_image")] if rejects is None else rejects
+        stats = stats_of(shard, str(self.out), len(samples), rejects, captions={}, settings="s")
         write_json(f"{self.out}/{Path(shard).stem}_stats.json", stats)
 
     def changed(self, change: Callable[[list[Sample]], None]) -> None:
@@ -62,7 +68,7 @@ class Set:
         self.write(self.shards[1], samples)
 
     def verified(self) -> Verified:
-        return verify(self.shards, str(self.out), self.kind, STYLES)
+        return verify(self.shards, str(self.out), self.kind, STYLES, STYLES)
 
     def found(self) -> list[str]:
         return [str(finding) for finding in self.verified().findings]
@@ -79,19 +85,17 @@ def test_a_whole_set_has_no_finding(tmp_path: Path, kind: Format) -> None:
     found = made.verified()
     assert found.findings == [] and found.num_shards == 2
     assert found.counts == {"images": 18, "captions": 36, "quarantined": 2}
-    said = "all is whole: 2 shards: 18 images with 36 captions, 2 samples in quarantine"
-    assert run(made.shards, str(made.out), kind, STYLES) == said
+    said = "all 2 shards are whole: 18 images, 36 captions, 2 quarantined"
+    assert run(made.shards, str(made.out), kind, STYLES, STYLES) == said
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_that_is_lost_or_another_is_found(tmp_path: Path, kind: Format) -> None:
     made = Set(tmp_path, kind)
     made.changed(lambda samples: samples.pop(2))  # type: ignore[arg-type, return-value]
-    lost = "00001/002: is lost: neither written nor in quarantine"
-    assert made.found() == [lost, *(f"00001: its stats say {name}" for name in (
-        "count 10, and it is 9", "success 9, and it is 8", "successes 9, and it is 8"))]
+    assert made.found() == ["00001/002: is lost: neither written nor in quarantine"]
     made.changed(lambda samples: samples.append(relabelled(sample(77))))
-    assert made.found()[0] == "00001/077: was written, and is not in the input"
+    assert made.found() == ["00001/077: was written, and is not in the input"]
     made.changed(lambda samples: samples[3].members.update(png=sample(99).members["png"]))
     assert re.fullmatch("00001/003: (png|the image) has other bytes", made.found()[0]) and len(made.found()) == 1
 
@@ -116,8 +120,14 @@ def turn(samples: list[Sample]) -> None:
 @pytest.mark.parametrize(("change", "expected"), [
     (put("txt", b"another"), "000: txt has other bytes"),
     (drop("json"), "000: json is missing"),
-    (drop("long.txt"), "000: has no long caption"),
-    (put("short.txt", b"\xff"), "000: its short caption is not UTF-8"),
+    (drop("short.txt"), "000: has no short caption"),
+    (put("short.txt", b"\xff"), "000: its short caption cannot be read: binary_caption: the short text is …"),
+    (put("short.txt", b"a" * 100_001), "000: its short caption cannot be read: oversized_caption: 100,001 bytes i…"),
+    (drop("mix.txt"), "000: has no mix"),
+    (put("mix.txt", b"alt 0"), "000: its mix is none of its captions"),
+    (put("evil.bin", b""), "000: evil.bin is not in the input"),
+    (put("recap.json", b'{"schema": 2, "captions": {}}'), "000: its recap.json is damaged"),
+    (put("recap.json", b"[" * 100_000), "000: its recap.json is damaged"),
     (put("mix.txt", b"neither"), "000: its mix is none of its captions"),
     (put("recap.json", b"{"), "000: its recap.json is damaged"),
     (put("recap.json", b'{"schema": 1, "captions": {"long": {}}}'), "000: its recap.json says nothing of short"),
@@ -126,39 +136,198 @@ def turn(samples: list[Sample]) -> None:
 ])
 def test_any_change_of_a_sample_is_found(shards: Set, change: Callable[[list[Sample]], None], expected: str) -> None:
     shards.changed(change)
-    assert f"00001/{expected}" in shards.found()
-    assert all(finding.startswith("00001/00") for finding in shards.found())
+    assert shards.found() == [f"00001/{expected}"]
 
 
 def test_stats_and_quarantine_are_held_to_what_is_there(shards: Set) -> None:
     stats = shards.out / "00001_stats.json"
     whole = json.loads(stats.read_bytes())
     stats.write_text(json.dumps(whole | {"count": 11}))
-    assert shards.found() == ["00001: its stats say count 11, and it is 10"]
+    assert shards.found() == ["00001: its stats say count 11, not 10"]
+    stats.write_text(json.dumps(whole | {"successes": 8, "status_dict": {"success": 9, "nsfw": 1}}))
+    assert shards.found() == ["00001: its stats say nsfw 1, not 0; successes 8, not 9; undecodable_image 0, no…"]
     stats.write_text(json.dumps(whole | {"settings": "other"}))
-    assert shards.found() == ["made with different settings: 1 shards of s, 1 shards of other"]
-    stats.write_text("{")
-    assert "00001: is damaged" in shards.found()[0]
+    assert shards.found() == ["made with 2 different settings: 1 shards of s, 1 shards of other"]
+    changed = [json.dumps(whole | each) for each in ({"status_dict": [1]}, {"settings": 1})]
+    for broken in ("{", "[]", "[" * 100_000, *changed):
+        stats.write_text(broken)
+        assert shards.found() == ["00001: its stats are damaged"]
     stats.unlink()
     assert shards.found() == ["00001: is not relabelled: there is no 00001_stats.json"]
     stats.write_text(json.dumps(whole))
-    (shards.out / "00001_quarantine.jsonl").write_text(json.dumps(
-        {"shard": "00001", "key": "\x1b[31m", "reason": "undecodable_image", "detail": ""}) + "\n")
+    quarantine = shards.out / "00001_quarantine.jsonl"
+    quarantine.write_text(json.dumps({"key": "\x1b[31m", "reason": "undecodable_image"}) + "\n")
     assert shards.found() == ["00001/004: is lost: neither written nor in quarantine",
                               r"00001/\x1b[31m: is in quarantine, and not in the input"]
+    for broken in ("{", "[]", '{"key": 4, "reason": "nsfw"}'):
+        quarantine.write_text(broken)
+        assert shards.found() == ["00001: its quarantine file is damaged"]
+    quarantine.unlink()
+    assert shards.found() == ["00001: there is no 00001_quarantine.jsonl"]
 
 
-def test_what_is_missing_cut_left_over_or_half_written_is_found(shards: Set) -> None:
-    whole = (shards.out / "00001.tar").read_bytes()
-    (shards.out / "00001.tar").write_bytes(whole[:len(whole) // 2])
-    assert any("was written damaged: truncated_shard" in finding for finding in shards.found())
-    (shards.out / "00001.tar").unlink()
-    assert any("00001: is " in finding for finding in shards.found())
-    (shards.out / "00001.tar").write_bytes(whole)
-    (shards.out / "00007.tar").write_bytes(whole)
-    (shards.out / ".00008.tar.0-1.tmp").write_bytes(b"")
-    found = shards.found()
-    assert len(found) == 2 and "00007.tar is of no shard of the input" in found and "half written" in found[0]
+@pytest.mark.parametrize(("rejects", "expected"), [
+    ([("004", "undecodable_image"), ("005", "nsfw")], "005: was written, and is in quarantine"),
+    ([("004", "undecodable_image"), ("004", "nsfw")], "004: is in quarantine 2 times"),
+    ([("004", "undecodable_image"), ("zzz", "nsfw")], "zzz: is in quarantine, and not in the input"),
+])
+def test_every_sample_is_accounted_for_once(shards: Set, rejects: list[tuple[str, str]], expected: str) -> None:
+    listed = [Reject("00001", key, reason) for key, reason in rejects]
+    stats = stats_of(shards.shards[1], shards.out, 9, listed, settings="s")
+    write_json(f"{shards.out}/00001_stats.json", stats)
+    assert shards.found() == [f"00001/{expected}"]
+
+
+def test_a_repeated_key_in_quarantine_does_not_stand_for_the_first(shards: Set) -> None:
+    """Both of a key's samples are counted: the one that was read, and the repeated one."""
+    with tarfile.open(shards.shards[1], "a") as tar:
+        tar.addfile(tarfile.TarInfo("000.png"))
+    listed = [Reject("00001", "004", "undecodable_image"), Reject("00001", "000", "duplicate_key")]
+    samples = [relabelled(sample(place)) for place in range(10) if place != 4]
+    shards.write(shards.shards[1], samples, listed)
+    assert shards.found() == []
+    shards.write(shards.shards[1], samples[1:], listed)
+    assert shards.found() == ["00001/000: is lost: neither written nor in quarantine"]
+
+
+ENDINGS: dict[Format, str] = {"shards": ".tar", "parquet": ".parquet"}
+
+
+@pytest.mark.parametrize("kind", ENDINGS)
+def test_a_damaged_or_missing_file_is_one_finding(tmp_path: Path, kind: Format) -> None:
+    made = Set(tmp_path, kind)
+    file = made.out / f"00001{ENDINGS[kind]}"
+    whole = file.read_bytes()
+    for broken in (whole[:len(whole) // 2], whole[:100], b"", b"\x00\xff" * 600):
+        file.write_bytes(broken)
+        found = made.found()
+        assert len(found) == 1 and re.match(rf"00001: {file.name} is (damaged|no parquet)", found[0]), found
+    file.unlink()
+    assert made.found() == [f"00001: there is no {file.name}"]
+    file.mkdir()
+    assert made.found() == [f"00001: there is no {file.name}"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_over_or_half_written_is_named(tmp_path: Path, kind: Format) -> None:
+    made = Set(tmp_path, kind)
+    with open_output(kind, str(made.out), "00007", "long") as output:
+        output.write(relabelled(sample(0)))
+    (made.out / "00008_stats.json").write_text("{}")
+    (made.out / "logs").mkdir()
+    (made.out / ".00009.\x1b[31m.tmp").write_bytes(b"")
+    half, *left_over = made.found()
+    assert half.startswith(r".00009.\x1b[31m.tmp is half written")
+    assert left_over == [f"00007{ENDINGS.get(kind, '')} is of no shard of the input",
+                         "00008_stats.json is of no shard of the input"]
+
+
+def test_the_files_of_a_folder_are_those_of_its_samples(tmp_path: Path) -> None:
+    made = Set(tmp_path, "folder")
+    folder = made.out / "00001"
+    record, text = folder / "000.recap.json", folder / "000.txt"
+    whole = json.loads(record.read_bytes())
+
+    def found(content: Any) -> list[str]:
+        record.write_text(json.dumps(content))
+        return made.found()
+
+    assert found(whole | {"texts": whole["texts"] | {"alt": "x"}}) == ["00001/000: the alt-text has other bytes"]
+    assert found(whole | {"texts": whole["texts"] | {"mix": "x"}}) == ["00001/000: its mix is none of its captions"]
+    assert "00001/000: its short caption cannot be read" in found(
+        whole | {"texts": whole["texts"] | {"short": "\ud800"}})[0]
+    assert "00001/000: its recap.json is damaged" in found(whole | {"texts": {"short": 1}})
+    assert "00001/other: was written, and is not in the input" in found(whole | {"key": "other"})
+    assert found(whole) == []
+    text.write_text("x")
+    assert made.found() == ["00001/000: 000.txt holds none of its captions"]
+    text.unlink()
+    assert "00001: 00001/000 has png, recap.json, not an image, txt and recap.json" in made.found()
+    text.write_text(whole["texts"]["long"])
+    for file in folder.glob("001.*"):
+        file.rename(file.with_name(file.name.replace("001", "other")))
+    (folder / "other.recap.json").write_text(json.dumps(
+        json.loads((folder / "other.recap.json").read_bytes()) | {"key": "001"}))
+    assert made.found() == ["00001/001: its files are called other"]
+    (folder / "stray.txt").write_text("x")
+    assert "00001: 00001/stray has txt, not an image, txt and recap.json" in made.found()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_of_any_kind_are_whole(tmp_path: Path, kind: Format) -> None:
+    made = Set(tmp_path, kind)
+    keys = ["a/b", "A", "a", "con", "ключ", "k" * 300]
+    samples = [Sample("00001", key, sample(place).members) for place, key in enumerate(keys)]
+    with ShardWriter(made.shards[1]) as writer:
+        for each in samples:
+            writer.write(each)
+    made.write(made.shards[1], list(map(relabelled, samples)), [])
+    assert made.found() == []
+
+
+def test_a_key_that_a_folder_holds_twice_is_found(tmp_path: Path) -> None:
+    made = Set(tmp_path, "folder")
+    folder = made.out / "00001"
+    again = file_name("000", {"000"})
+    for file in sorted(folder.glob("000.*")):
+        (folder / file.name.replace("000", again)).write_bytes(file.read_bytes())
+    record = folder / f"{again}.recap.json"
+    record.write_text(json.dumps(json.loads(record.read_bytes()) | {"key": "000"}))
+    assert made.found() == ["00001/000: was written twice"]
+
+
+def test_what_cannot_be_read_is_a_finding(tmp_path: Path) -> None:
+    made = Set(tmp_path, "folder")
+    (made.out / "00001" / "000.txt").unlink()
+    (made.out / "00001" / "000.txt").mkdir()
+    assert len(made.found()) == 1 and made.found()[0].startswith("00001: cannot be read: ")
+
+
+def test_a_folder_need_not_hold_alt_text_that_is_none(tmp_path: Path) -> None:
+    made = Set(tmp_path, "folder")
+    samples = [Sample("00001", "binary", sample(0).members | {"txt": b"\xff"}),
+               Sample("00001", "none", {"png": sample(1).members["png"]})]
+    with ShardWriter(made.shards[1]) as writer:
+        for each in samples:
+            writer.write(each)
+    made.write(made.shards[1], list(map(relabelled, samples)), [])
+    assert made.found() == []
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+def test_an_image_that_the_input_lacks_is_found(tmp_path: Path, kind: Format) -> None:
+    made = Set(tmp_path, kind)
+    with ShardWriter(made.shards[1]) as writer:
+        writer.write(Sample("00001", "000", {"txt": b"alt 0"}))
+    made.write(made.shards[1], [relabelled(sample(0))], [])
+    assert made.found() == ["00001/000: the image has other bytes"]
+
+
+def test_a_key_that_a_table_holds_twice_is_found(tmp_path: Path) -> None:
+    made = Set(tmp_path, "parquet")
+    made.changed(lambda samples: samples.append(samples[0]))
+    assert made.found()[0] == "00001: 00001.parquet has 10 rows for 9 keys"
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 10**6), value=st.integers(1, 255))
+def test_no_byte_of_what_is_kept_can_change_unseen(shards: Set, place: int, value: int) -> None:
+    file = shards.out / "00001.tar"
+    whole = file.read_bytes()
+    before = kept(file)
+    damaged = bytearray(whole)
+    damaged[place % len(whole)] ^= value
+    file.write_bytes(damaged)
+    try:
+        assert shards.found() or kept(file) == before
+    finally:
+        file.write_bytes(whole)
+
+
+def kept(file: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """What is neither a caption nor said of one."""
+    return [(each.key, {name: content for name, content in each.members.items() if name in ("png", "txt", "json")})
+            for each in read_shard(str(file), [])]
 
 
 def test_malformed_input_has_to_be_in_quarantine(shards: Set) -> None:
@@ -177,13 +346,29 @@ def test_a_terminal_shows_the_first_findings(shards: Set, capsys: pytest.Capture
             each.members |= {"txt": b"x", "json": b"x", "png": sample(50).members["png"]}
 
     shards.changed(spoil)
-    with pytest.raises(UserError, match="verify: 27 findings, in 1 of 2 shards"):
+    with pytest.raises(UserError, match="verify: 27 findings in 1 of 2 shards: delete those shards' stats"):
         run(shards.shards, str(shards.out), "shards", STYLES)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == MAX_SHOWN + 2 and lines[-2] == "… and 7 more" and max(map(len, lines)) <= 80
-    assert lines[-1] == report(shards.verified()).splitlines()[-1]
+    assert len(lines) == MAX_SHOWN + 2 and lines[-2:] == [
+        "… and 7 more", "2 shards: 18 images, 36 captions, 2 quarantined"]
     with pytest.raises(UserError, match=r"nothing at .*: run `recap relabel` first"):
         run(shards.shards, str(shards.out / "none"), "shards", STYLES)
+
+
+def test_all_findings_are_counted_and_a_hostile_name_is_a_short_line(tmp_path: Path) -> None:
+    made = Set(tmp_path, "shards")
+    many = [Reject("00001", f"\x1b]0;{number:05d}" + "\u202e" * 5000, "x" * 5000) for number in range(3000)]
+    made.write(made.shards[1], [], many)
+    found = made.verified()
+    assert found.num_findings == 3010 and len(found.findings) == MAX_KEPT and found.faulty == {"00001"}
+    lines = report(found).splitlines()
+    assert len(lines) == MAX_SHOWN + 2 and lines[-2] == "… and 2,990 more"
+    assert max(map(len, lines)) <= 80 and all(line.isprintable() for line in lines)
+    assert max(len(finding.key) for finding in found.findings) <= 1000
+    of_a_shard = Verified()
+    for number in range(3000):
+        of_a_shard.note("00001", str(number), "is lost")
+    assert of_a_shard.num_findings == 3000 and len(of_a_shard.findings) == MAX_KEPT
 
 
 def test_an_input_that_was_relabelled_before_may_get_new_captions(tmp_path: Path) -> None:
@@ -196,3 +381,41 @@ def test_an_input_that_was_relabelled_before_may_get_new_captions(tmp_path: Path
             for each in again:
                 writer.write(each)
     assert made.found() == []
+
+
+def test_findings_come_in_file_order(shards: Set) -> None:
+    def spoil(samples: list[Sample]) -> None:
+        del samples[2].members["short.txt"]
+        del samples[5]
+        samples[1], samples[7] = samples[7], samples[1]
+
+    shards.changed(spoil)
+    assert [finding.split(":")[0] for finding in shards.found()] == ["00001/002", "00001/006", "00001/009"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_relabelling_writes_is_whole_and_is_mended_by_it(tmp_path: Path, world_models: Path, kind: Format) -> None:
+    from recap.relabel import run as relabel
+    made = Set(tmp_path, "shards")
+    with ShardWriter(made.shards[0]) as writer:
+        for each in (sample(1), sample(1), Sample("00000", "broken", {"png": b"x", "txt": b"a cat"}), sample(2)):
+            writer.write(each)
+    whole = Path(made.shards[1]).read_bytes()
+    Path(made.shards[1]).write_bytes(whole[:-12_000])
+    out, styles = tmp_path / "relabelled", {style: Style(prompt="A", max_new_tokens=4) for style in STYLES}
+    config = Relabel(batch_size=4, format=kind)
+
+    def work() -> None:
+        stage = StageDir(out, {})
+        stage.begin()
+        relabel(stage, made.shards, Captioner(model=str(world_models / "blip2"), dtype="float32"), None, styles, config,
+                Data(), "cpu")
+
+    work()
+    said = run(made.shards, str(out), kind, STYLES, list(config.mix))
+    assert re.fullmatch(r"all 2 shards are whole: \d+ images, \d+ captions, [1-9] quarantined", said)
+    (out / "00000_quarantine.jsonl").unlink()
+    assert verify(made.shards, str(out), kind, STYLES).num_findings == 1
+    (out / "00000_stats.json").unlink()
+    work()
+    assert run(made.shards, str(out), kind, STYLES, list(config.mix)) == said

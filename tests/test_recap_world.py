@@ -20,6 +20,7 @@ from recap.clip_bpe import clip_tokenizer
 from recap.errors import UserError
 from recap.sample import Sample
 from recap.shards import read_shard
+from recap.storage import temporary
 from recap.world.draw import draw
 from recap.world.facts import compare, read
 from recap.world.init import init_untrained
@@ -95,7 +96,7 @@ def test_a_killed_drawing_is_drawn_again(tmp_path: Path) -> None:
     draw(tmp_path / "killed", **SMALL, shard_size=2)
     (tmp_path / "killed/done.json").unlink()
     (tmp_path / "killed/train/00001.tar").unlink()
-    (tmp_path / "killed/train/.00001.tar.tmp").write_bytes(b"half a tar")
+    temporary(str(tmp_path / "killed/train/00001.tar")).write_bytes(b"half a tar")
     assert (tmp_path / "killed/begun.json").write_bytes((tmp_path / "whole/done.json").read_bytes())
     with pytest.raises(UserError, match="made with num_train 3, not 2"):  # shards of the two would be mixed
         draw(tmp_path / "killed", **SMALL | {"num_train": 2}, shard_size=2)

@@ -12,7 +12,7 @@ from recap.errors import UserError
 from recap.progress import bar, say
 from recap.sample import Sample
 from recap.shards import ShardWriter
-from recap.storage import write_bytes, write_json
+from recap.storage import clean, write_bytes, write_json
 from recap.world import marker
 from recap.world.scene import Scene, draw_scene, render
 from recap.world.words import (
@@ -83,6 +83,7 @@ def draw(out: Path, num_train: int = 2000, num_tuning: int = 200, num_validation
     marker.begin(out, settings)
     with bar("draw", total=sum(counts.values())) as progress:
         for name, number in counts.items():
+            clean(str(out / name))
             for shard, start in enumerate(range(0, number, shard_size)):
                 places = range(start, min(start + shard_size, number))
                 _write_shard(out, name, shard, places, size, seed)
