@@ -97,6 +97,8 @@ MIN_DISTINCT = 0.25
 """Share of distinct words below which a text of 20 words or more repeats itself."""
 MAX_PERIOD = 40
 """Words in the longest run whose repetition is looked for."""
+LONG_LOOP = 14
+"""Words that are said again before a run of over eight counts as a loop."""
 STUTTER = re.compile(r"([^\s\d]{1,4}?)(?:\s?\1){7,}")
 """A letter or a sign, or up to four together, eight times in a row: `hahahaha…`, `. . . .`; a number may have zeros."""
 
@@ -111,8 +113,10 @@ def repeats(text: str) -> bool:
 
 
 def _is_looped(words: list[str], period: int) -> bool:
-    """Whether a run of so many words comes four times in a row; of three to eight, three times; of more, twice."""
-    needed, run = period * (3 if period <= 2 else 2 if period <= 8 else 1), 0
+    """Whether a run of so many words comes four times in a row; of three to eight, three times; of more, twice, if that
+    is LONG_LOOP words again: a list of things in the same place says nine words twice.
+    """
+    needed, run = period * (3 if period <= 2 else 2) if period <= 8 else max(period, LONG_LOOP), 0
     for before, word in zip(words, words[period:], strict=False):
         run = run + 1 if before == word else 0
         if run == needed:

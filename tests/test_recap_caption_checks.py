@@ -88,7 +88,8 @@ def test_faults_come_in_one_order() -> None:
     "A sign reads “Answer: 42, 42, 42” beside a dog.", "A state-of-the-art, half-timbered 19th-century house.",
     "A Boeing 747-400 of KLM & a B-52 at 1/2 speed, 10,000 ft up.", "Two wet, wet, wet dogs!!!", "Ein Hund läuft.",
     "一只狗在海滩上奔跑", "A caption on a detailed map.", "A jar labelled “100000000”.", "A dog 🐶 in the snow ❄️.",
-    "A man asks a question; a woman answers: yes."])
+    "A man asks a question; a woman answers: yes.",
+    "A cell phone at the top left, a dark blue cell phone at the top left, a dark blue person at the top left."])
 def test_good_captions_pass(caption: str) -> None:
     assert found(caption) == []
 
