@@ -16,15 +16,15 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import fsspec
 import numpy as np
 
 from recap.caption_formats import STYLE
+from recap.caption_tables import read_rows
 from recap.chunks import CONTENT_TOKENS
 from recap.clip_bpe import clip_tokenizer
 from recap.errors import BadSample, UserError
 from recap.sample import MAX_TEXT_BYTES, Sample, caption_extension
-from recap.shards import Reject, read_shard
+from recap.shards import Reject, read_shard, shard_name
 
 if TYPE_CHECKING:
     from eval.clip_score import ClipScorer
@@ -72,30 +72,10 @@ class Caption:
 
 def read_captions(url: str, rejects: list[Reject]) -> Iterator[Sample]:
     """The samples of a shard, or of a parquet of captions only (which have no image), local or remote."""
-    return _read_parquet(url) if url.endswith(".parquet") else read_shard(url, rejects)
-
-
-def _read_parquet(url: str) -> Iterator[Sample]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    name = url.rsplit("/", 1)[-1].removesuffix(".parquet")
-    try:
-        with fsspec.open(url, "rb") as file:
-            for batch in pq.ParquetFile(file).iter_batches(256):
-                for row in batch.to_pylist():
-                    yield Sample(name, str(row.pop("key")), dict(_row_members(row)))
-    except (pa.ArrowException, KeyError) as error:
-        raise UserError(f"{url} is no parquet of captions ({type(error).__name__}: {error}): name a shard (.tar), or a "
-                        "parquet that `recap relabel` wrote") from error
-
-
-def _row_members(row: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
-    for column, value in row.items():
-        data = value.encode("utf-8", "replace") if isinstance(value, str) else value
-        if column == "recap" and isinstance(data, bytes):
-            yield "recap.json", data
-        elif column != "sha256" and isinstance(data, bytes) and STYLE.fullmatch(column):
-            yield caption_extension(column), data
+    if not url.endswith(".parquet"):
+        return read_shard(url, rejects)
+    name = shard_name(url).removesuffix(".parquet")
+    return (Sample(name, key, row.members) for key, row in read_rows(url))
 
 
 def captions_of(sample: Sample) -> list[Caption]:

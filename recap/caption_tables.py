@@ -131,7 +131,7 @@ class Row:
 
     sha256: str
     members: dict[str, bytes]
-    """`STYLE.txt` → caption, as a shard has it."""
+    """`STYLE.txt` → caption, as a shard has it; and `recap.json`, where it was asked for."""
 
 
 def read_table(url: str, styles: Iterable[str]) -> dict[str, Row]:
@@ -139,6 +139,18 @@ def read_table(url: str, styles: Iterable[str]) -> dict[str, Row]:
 
     Raises:
         UserError: no such file, or not one that relabelling writes.
+    """
+    rows: dict[str, Row] = {}
+    for key, row in read_rows(url, styles):
+        rows.setdefault(key, row)
+    return rows
+
+
+def read_rows(url: str, styles: Iterable[str] | None = None) -> Iterator[tuple[str, Row]]:
+    """The keys and rows of a table in its order, with all that they hold where no styles are named.
+
+    Raises:
+        UserError: as `read_table`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -148,7 +160,6 @@ def read_table(url: str, styles: Iterable[str]) -> dict[str, Row]:
             columns = _columns(metadata, styles)
             # A text is then held once, however often a file of a few bytes repeats it.
             table = pq.ParquetFile(file, metadata=metadata, read_dictionary=columns)
-            rows: dict[str, Row] = {}
             num_bytes = 0
             for number in range(metadata.num_row_groups):
                 group = table.read_row_group(number, columns)
@@ -156,9 +167,7 @@ def read_table(url: str, styles: Iterable[str]) -> dict[str, Row]:
                 num_bytes += group.nbytes
                 if num_bytes > MAX_READ_BYTES:
                     raise pa.ArrowInvalid(f"captions of over {MAX_READ_BYTES:,} bytes")
-                for key, row in _rows(group, columns[2:]):
-                    rows.setdefault(key, row)
-            return rows
+                yield from _rows(group, columns[2:])
     except FileNotFoundError:
         raise UserError(f"no captions at {url}: name the folder that `recap relabel` wrote with "
                         "relabel.format=parquet, from these very shards") from None
@@ -180,14 +189,15 @@ def join(sample: Sample, rows: dict[str, Row]) -> Sample:
     return Sample(sample.shard, sample.key, sample.members | row.members)
 
 
-def _columns(metadata: Any, styles: Iterable[str]) -> list[str]:
+def _columns(metadata: Any, styles: Iterable[str] | None) -> list[str]:
     """The columns to read; ArrowInvalid, before any is, where they are not ours or more than the memory may hold."""
     import pyarrow as pa
     schema = metadata.schema
     if len(schema) > MAX_STYLES + len(OWN):
         raise pa.ArrowInvalid(f"{len(schema)} columns")
     found = {column.path.split(".")[0]: column for column in (schema.column(i) for i in range(len(schema)))}
-    columns = ["key", "sha256", *sorted(set(styles) & found.keys() - set(OWN))]
+    everything = {name for name in found if STYLE.fullmatch(f"{name}.txt")} - {"key", "sha256"}
+    columns = ["key", "sha256", *sorted(everything if styles is None else set(styles) & found.keys() - set(OWN))]
     for name in columns:
         column = found.get(name)
         if column is None:
@@ -207,8 +217,8 @@ def _rows(table: Any, styles: list[str]) -> Iterator[tuple[str, Row]]:
     keys, hashes, *captions = (list(_cells(column)) for column in table.columns)
     for place, (key, sha256) in enumerate(zip(keys, hashes, strict=True)):
         if key is not None and sha256 is not None:
-            members = {caption_extension(style): cells[place] for style, cells in zip(styles, captions, strict=True)
-                       if cells[place] is not None}
+            members = {"recap.json" if style == "recap" else caption_extension(style): cells[place]
+                       for style, cells in zip(styles, captions, strict=True) if cells[place] is not None}
             yield key.decode(errors="replace"), Row(sha256.decode(errors="replace"), members)
 
 

@@ -52,7 +52,7 @@ from recap.config import Data, Style
 from recap.config.captioner import Captioner
 from recap.config.relabel import Images, Relabel
 from recap.relabel import Job
-from recap.sample import Sample, decode_image
+from recap.sample import Sample, decode_image, visible
 from recap.shards import ShardWriter, read_shard
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -384,7 +384,7 @@ def measure(size: Size, folder: Path, device: str, dtype: torch.dtype, drawn: bo
     ours = Ours(folder / "model", dtype, device, lengths, folder / "out")
     end_at(lengths)
     said, expected = ours.run(few, size.batch_sizes[0], size.num_slots[0]), plain.run(few, folder / "plain.tar", 8)
-    equal = [a[style] == b[style] for a, b in zip(said, expected, strict=True) for style in PROMPTS]
+    equal = [a[style] == visible(b[style]) for a, b in zip(said, expected, strict=True) for style in PROMPTS]
     their_batch = best(size.batch_sizes, lambda batch: plain.run(shard, folder / "plain.tar", batch), device)
     pairs = [(batch, slots) for batch in size.batch_sizes for slots in size.num_slots]
     batch, slots = best(pairs, lambda pair: ours.run(shard, *pair), device)
