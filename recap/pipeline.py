@@ -175,7 +175,9 @@ def do(stage: Stage, label: str, redo: bool, go_on: bool = False) -> None:
     for need in stage.needs:
         if (found := need.dir.state()) != "done":
             why = f"was made with other settings ({need.dir.changes()[0]})" if found == "changed" else "is not done"
-            raise UserError(f"{stage.verb}: {need.path} {why}: run `recap {need.verb} -c …` first, or `recap run -c …`")
+            base = "; or set captioner.tuned=none, for the base captioner" if need.verb == "finetune" else ""
+            raise UserError(f"{stage.verb}: {need.path} {why}: run `recap {need.verb} -c …` first, or `recap run -c …`"
+                            f"{base}")
     if state == "changed" and not go_on:
         _refuse_or_clear(stage, redo)
     if digest(stage.reads()) != stage.dir.fingerprint:  # found out hours after the start, perhaps
