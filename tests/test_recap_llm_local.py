@@ -51,16 +51,24 @@ def write_chat_model(folder: Path) -> Path:
         num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=None, eos_token_id=1, pad_token_id=0))
     instructions = read_prompt(Llm(), STYLES)
     answer = tokenizer(json.dumps(SAID) + "<|end|>", add_special_tokens=False)["input_ids"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for step in range(80):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    known = 0  # requests in a row that it would have answered right before it learned from them
+    for step in range(1000):  # some 150 are enough, more on one processor than on another
         told = instructions[-100 - 40 * step:]
-        asked = f"<|system|>{told}<|end|><|user|><facts>\n{shown(scene(7 * step))}\n</facts><|end|><|assistant|>"
+        asked = f"<|system|>{told}<|end|><|user|><facts>\n{shown(scene(7 * step % 100))}\n</facts><|end|><|assistant|>"
         ids = tokenizer(asked, add_special_tokens=False)["input_ids"]
         row = torch.tensor([ids + answer])
         labels = torch.tensor([[-100] * len(ids) + answer])
-        model(input_ids=row, labels=labels).loss.backward()
+        out = model(input_ids=row, labels=labels)
+        known = known + 1 if out.logits[0, len(ids) - 1:-1].argmax(-1).tolist() == answer else 0
+        if known == 30:
+            break
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    else:
+        pytest.fail("the chat model has not learned its answer")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
