@@ -127,12 +127,12 @@ class Search:
             # What stops the first trials is mostly wrong for all: say it now, and not after a night.
             if not failure.of_values and not any(each.state == "complete" for each in study.trials()):
                 raise UserError(f"sweep: {trial.name} ({shown(trial.values)}): {failure}") from None
-            return dataclasses.replace(trial, state="failed", seconds=round(time.time() - started, 1),
+            return dataclasses.replace(trial, state="failed", seconds=round(time.time() - started, 3),
                                        reason=str(failure))
         finally:
             _free_memory()
         return dataclasses.replace(trial, state="complete", metric=float(result["best"]),
-                                   seconds=round(result["training_seconds"], 1))
+                                   seconds=round(result["training_seconds"], 3))
 
     def _train(self, trial: Trial, label: str, redo: bool) -> dict[str, Any]:
         try:
