@@ -139,6 +139,22 @@ def verify(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def caption(
+    arguments: Annotated[list[str], typer.Argument(metavar="IMAGE… [TABLE.KEY=VALUE]…",
+                                                   help="Paths or URLs; and values that override the file's.")],
+    config: ConfigFile,
+) -> None:
+    """Captions of single images, in every style."""
+    from recap import pipeline
+    from recap.caption import caption as run
+    from recap.caption import tell_apart
+    from recap.config import load
+    images, overrides = tell_apart(arguments)
+    for line in run(load(config, overrides, pipeline.Experiment), images):
+        print(line, flush=True)
+
+
+@app.command()
 def show(
     shards: Annotated[list[str], typer.Argument(help="Shards, relabelled or not, or parquets of captions only.")],
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many samples.")] = 5,

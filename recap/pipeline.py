@@ -350,13 +350,13 @@ class Plan:
         return self.exp.relabel.output or str(self.root / "relabel")
 
     def tuned_if_done(self) -> tuple[Path | None, str]:
-        """The captioner for relabelling; where it is still to be tuned, the base, and a line that says so."""
+        """The captioner as it is tuned; where it is still to be, the base, and a line that says so."""
         finetune = next((stage for stage in self.stages() if stage.verb == "finetune"), None)
         if finetune is None:
             return given_tuned(self.exp.captioner)[0], ""
         if finetune.dir.state() == "done":
             return _tuned(finetune), ""
-        return None, "The captioner is not tuned yet: the base, which is as fast, was taken for it."
+        return None, "the captioner is not tuned yet: its base, which is as fast, is taken for it"
 
     def relabelled(self) -> list[str]:
         """What relabelling writes: shards, parquets or folders."""

@@ -68,7 +68,9 @@ def plan(exp: "Experiment", price: float | None, num_devices: int) -> str:
         config = exp.relabel.model_copy(update={"format": "shards", "output": f"{folder}/out"})
         job = Job(f"{folder}/out", exp.captioner, tuned, exp.styles, config, exp.data, "plan")
         found = _probe(job, own.relabel_inputs.urls, own.device, Path(folder))
-    return "\n".join([*([note] if note else []), *_table(found, price, num_devices)])
+    if note:
+        progress.warn(note)
+    return "\n".join(_table(found, price, num_devices))
 
 
 def _probe(job: Job, shards: list[str], device: str, folder: Path) -> Probe:
