@@ -9,6 +9,7 @@ import gc
 import hashlib
 import json
 import random
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -61,6 +62,9 @@ SCHEMA = 1
 
 MAX_WRITING = 2
 """Batches of captions that wait to be written."""
+SWITCH_INTERVAL = 1e-4
+"""Seconds after which a thread that computes lets others go on. With Python's 5 ms, the model's thread, which waits for
+the device some hundreds of times a second, would wait for the writer as well each time."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,7 @@ class Relabeller:
     """Relabels shards, one after the other, on one device."""
 
     def __init__(self, job: Job, device: str, report: Report) -> None:
+        sys.setswitchinterval(SWITCH_INTERVAL)
         self.job, self.config, self.device, self.report = job, job.config, device, report
         self.batch_size, self.num_slots = job.config.batch_size, job.config.num_slots
         self.prepared_with: dict[str, int] = {}

@@ -143,7 +143,8 @@ class Slots:
             self.lengths.copy_(kept[0])
             self.tokens.copy_(kept[1])
             self.graphs[num_seen] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[num_seen]):
+            # Of other threads no account is taken: one may be scoring the next images on the same GPU.
+            with torch.cuda.graph(self.graphs[num_seen], capture_error_mode="thread_local"):
                 self._compute(self.num_slots, num_seen)
         self.graphs[num_seen].replay()
 
