@@ -1,7 +1,6 @@
 """Trials as experiments."""
 
 import dataclasses
-import gc
 import json
 import math
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 from recap import pipeline, progress
 from recap.errors import UserError
+from recap.memory import free_memory, is_out_of_memory
 from recap.pipeline import Experiment, Plan, Stage
 from recap.rundir import StageDir, digest
 from recap.sweep.result import overrides, rank, shown
@@ -130,7 +130,7 @@ class Search:
             return dataclasses.replace(trial, state="failed", seconds=round(time.time() - started, 3),
                                        reason=str(failure))
         finally:
-            _free_memory()
+            free_memory()  # of a trial's weights, before the next is loaded
         return dataclasses.replace(trial, state="complete", metric=float(result["best"]),
                                    seconds=round(result["training_seconds"], 3))
 
@@ -173,7 +173,7 @@ def _guarded(stage: Stage, folder: StageDir) -> dict[str, Any]:
     except ValueError as error:  # how the model libraries refuse settings: heads that don't divide a width
         raise Failed(f"{type(error).__name__}: {error}", False) from None
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise Failed(f"out of memory: {str(error).splitlines()[0] if str(error) else ''}", True) from None
 
@@ -185,18 +185,3 @@ def _is_not_finite(folder: StageDir) -> bool:
         return bool(json.loads(last)["event"] == "not finite")
     except (FileNotFoundError, IndexError, ValueError):
         return False
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-    # Outside its CUDA allocator, torch has no class for it: its words are those of the CPU, of CUDA, and of cuBLAS.
-    words = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(each in str(error) for each in words)
-
-
-def _free_memory() -> None:
-    """Let go of a trial's weights, which cycles may hold, before the next is loaded."""
-    import torch
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()

@@ -1,0 +1,40 @@
+"""Where memory does not suffice, work is done in halves; other errors are what they were."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recap.errors import UserError
+from recap.memory import in_halves, is_out_of_memory
+
+
+@given(items=st.lists(st.integers(), max_size=40), room=st.integers(1, 40))
+def test_halves_give_what_the_whole_would(items: list[int], room: int) -> None:
+    sizes = []
+
+    def double(some: list[int]) -> list[int]:
+        if len(some) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(some))
+        return [2 * each for each in some]
+
+    assert in_halves(double, items, "x") == [2 * each for each in items]
+    assert sum(sizes) == len(items) and max(sizes) <= room
+
+
+def test_no_memory_for_one_is_one_clear_line_and_another_error_is_raised() -> None:
+    def fail(_: list[int]) -> list[int]:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    with pytest.raises(UserError, match=r"^relabel\.checks: the device's memory does not suffice for a single image"):
+        in_halves(fail, [1, 2, 3], "relabel.checks")
+    with pytest.raises(RuntimeError, match="shapes"):
+        in_halves(lambda _: (_ for _ in ()).throw(RuntimeError("shapes")), [1, 2], "x")
+
+
+def test_what_torch_says_of_too_much_is_known() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert is_out_of_memory(caught.value) and is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("x")) and not is_out_of_memory(ValueError("out of memory"))
