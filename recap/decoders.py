@@ -62,16 +62,25 @@ class Decoders:
         Raises:
             BadSample: as there; or `decode_timeout`, `decoder_crashed`.
         """
+        answer = self._ask(data)
+        if answer == -signal.SIGKILL:  # the kernel's, for want of memory, which others may have taken
+            answer = self._ask(data)
+        if isinstance(answer, int):
+            raise self._reason(answer)
+        said, pixels = answer
+        if "size" not in said:
+            raise BadSample(**said)
+        return Image.frombytes("RGB", said["size"], pixels)
+
+    def _ask(self, data: bytes) -> tuple[dict[str, Any], bytes] | int:
+        """What a process says of an image, and the pixels; or the status with which it has ended."""
         with self._process() as process:
             try:
                 _send(process.stdin, data)
                 said = json.loads(_receive(process.stdout))
-                pixels = _receive(process.stdout) if "size" in said else b""
+                return said, _receive(process.stdout) if "size" in said else b""
             except (EOFError, BrokenPipeError):
-                raise self._reason(process.wait()) from None
-        if "size" not in said:
-            raise BadSample(**said)
-        return Image.frombytes("RGB", said["size"], pixels)
+                return int(process.wait())
 
     @contextmanager
     def _process(self) -> Iterator[Any]:
@@ -79,6 +88,9 @@ class Decoders:
         try:
             if self._is_closed:
                 raise RuntimeError("these decoders are closed")
+            if process and process.poll() is not None:  # killed while it had nothing to do
+                _end(process)
+                process = None
             if process is None:
                 process = self._start()
             yield process

@@ -12,11 +12,13 @@ import os
 import signal
 import time
 import traceback
+import zlib
 from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from recap import progress
@@ -29,7 +31,13 @@ one, so that none waits behind another while a worker has nothing to do."""
 MAX_LOSSES = 3
 """Workers that may be lost with the same shard before it is taken for the reason."""
 PATIENCE = 3600.0
-"""Seconds that the first rank waits for a shard of the others."""
+"""Seconds that the first rank waits for a sign of the others."""
+SIGN_EVERY = 5.0
+"""Seconds between the signs that a rank gives while it does images."""
+MAX_VALUE = 2**20
+"""Bytes of one value in the ranks' store, whose server refuses more than 8 MiB."""
+TIME_TO_END = 10.0
+"""Seconds that workers have to end when they are asked to."""
 Report = Callable[[str, int, dict[str, int]], None]
 """Told a shard, how many of its images are done by now, and how many of them are quarantined, by reason."""
 Result = tuple[str, Stats]
@@ -46,6 +54,10 @@ class Worker(Protocol):
 class Job(Protocol):
     """What there is to do. It travels to other processes."""
 
+    @property
+    def out(self) -> str | Path:
+        """Folder or URL, where what is done goes to."""
+
     @abstractmethod
     def open(self, device: str, report: Report) -> AbstractContextManager[Worker]: ...
 
@@ -55,6 +67,10 @@ class Meter(Protocol):
 
     @abstractmethod
     def images(self, worker: str, shard: str, done: int, quarantined: dict[str, int]) -> None: ...
+
+    @abstractmethod
+    def lost(self, worker: str) -> None:
+        """There will be no more of this worker."""
 
 
 def work(job: Job, shards: list[str], engine: str, workers: int | None, device: str, meter: Meter) -> Iterator[Result]:
@@ -76,7 +92,7 @@ def work(job: Job, shards: list[str], engine: str, workers: int | None, device: 
     elif len(devices := _devices(device, workers)) > 1:
         yield from schedule(LocalPool(job, devices), shards, meter)
     else:
-        yield from _here(job, shards, devices[0], meter)
+        yield from _here(job, shards, devices[0], functools.partial(meter.images, devices[0]))
 
 
 def _devices(device: str, workers: int | None) -> list[str]:
@@ -86,9 +102,19 @@ def _devices(device: str, workers: int | None) -> list[str]:
     return [f"cuda:{place % num_gpus}" if num_gpus else device for place in range(workers or num_gpus or 1)]
 
 
-def _here(job: Job, shards: Iterable[str], device: str, meter: Meter) -> Iterator[Result]:
-    with job.open(device, functools.partial(meter.images, device)) as worker:
+def _here(job: Job, shards: Iterable[str], device: str, report: Report) -> Iterator[Result]:
+    with _open(job, device, report) as worker:
         yield from worker.relabel(shards)
+
+
+@contextmanager
+def _open(job: Job, device: str, report: Report) -> Iterator[Worker]:
+    """A worker, with its GPU as this thread's own: else CUDA's streams and events would be those of the first one."""
+    if device.startswith("cuda:"):
+        import torch
+        torch.cuda.set_device(device)
+    with job.open(device, report) as worker:
+        yield worker
 
 
 # --- torchrun and Slurm --------------------------------------------------------------------------------------------
@@ -101,14 +127,51 @@ def _rank(job: Job, shards: list[str], device: str, meter: Meter) -> Iterator[Re
     store, rank, _ = next(iter(dist.rendezvous("env://")))
     store = dist.PrefixStore(f"recap/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     if rank == 0:  # the others may have begun later, when some of them were done
-        store.set("shards", json.dumps(shards))
-    shards = json.loads(store.get("shards"))
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
-    for result in _here(job, _claims(store, shards), own, meter):
+        _put(store, "shards", shards)
+    shards = _get(store, "shards")
+    own = _own(device)
+    report = _signing(functools.partial(meter.images, own), store)
+    for result in _here(job, _claims(store, shards), own, report):
         yield result
         store.add("done", 1)
     if rank == 0:
         _wait_for_others(store, len(shards))
+
+
+def _own(device: str) -> str:
+    """The GPU of this rank. A launcher may show each rank no more than its own, which then is the first."""
+    import torch
+    if device != "cuda":
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % max(1, torch.cuda.device_count())}"
+
+
+def _put(store: Any, name: str, content: Any) -> None:
+    data = zlib.compress(json.dumps(content).encode())
+    parts = [data[start:start + MAX_VALUE] for start in range(0, len(data), MAX_VALUE)]
+    for place, part in enumerate(parts):
+        store.set(f"{name}/{place}", part)
+    store.set(name, str(len(parts)))
+
+
+def _get(store: Any, name: str) -> Any:
+    """What `_put` has put, or will put."""
+    num_parts = int(store.get(name))
+    return json.loads(zlib.decompress(b"".join(store.get(f"{name}/{place}") for place in range(num_parts))))
+
+
+def _signing(report: Report, store: Any) -> Report:
+    """The same report; it also tells the first rank that this one is at work."""
+    signed = 0.0
+
+    def tell(shard: str, done: int, quarantined: dict[str, int]) -> None:
+        nonlocal signed
+        report(shard, done, quarantined)
+        if time.monotonic() > signed + SIGN_EVERY:
+            signed = time.monotonic()
+            store.add("signs", 1)
+
+    return tell
 
 
 def _claims(store: Any, shards: list[str]) -> Iterator[str]:
@@ -117,13 +180,14 @@ def _claims(store: Any, shards: list[str]) -> Iterator[str]:
 
 
 def _wait_for_others(store: Any, num_shards: int) -> None:
-    num_done, since = 0, time.monotonic()
-    while (now_done := store.add("done", 0)) < num_shards:
-        if now_done > num_done:
-            num_done, since = now_done, time.monotonic()
+    signs, since = (0, 0), time.monotonic()
+    while (num_done := store.add("done", 0)) < num_shards:
+        if (now := (num_done, store.add("signs", 0))) != signs:
+            signs, since = now, time.monotonic()
         elif time.monotonic() > since + PATIENCE:
-            raise UserError(f"relabel: {num_shards - now_done} shards of other ranks are not done, and none was for an "
-                            "hour: see whether those ranks have ended, and run the same command again")
+            raise UserError(f"relabel: {num_shards - num_done} shards of other ranks are not done, and nothing was "
+                            "heard of these ranks for an hour: see whether they have ended, and run the same command "
+                            "again")
         time.sleep(0.2)
 
 
@@ -156,9 +220,32 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """What would end a run in one process, and ends this one."""
+    """What would end a run in one process, and ends this one: in words, as not every error can travel."""
 
-    error: Exception
+    kind: str
+    """`UserError` or `OSError`; else empty."""
+    message: str
+    errno: int | None = None
+
+    @classmethod
+    def of(cls, error: BaseException, worker: str) -> "Failed":
+        """What the user or the machine can mend is its message; a bug comes with its traceback."""
+        match error:
+            case UserError():
+                return cls("UserError", str(error))
+            case OSError(errno=int(errno)):
+                return cls("OSError", str(error).removeprefix(f"[Errno {errno}] "), errno)
+            case OSError():
+                return cls("OSError", f"{type(error).__name__}: {error}")
+        return cls("", f"{worker}:\n{''.join(traceback.format_exception(error))}")
+
+    def error(self) -> Exception:
+        match self.kind:
+            case "UserError":
+                return UserError(self.message)
+            case "OSError":
+                return OSError(self.message) if self.errno is None else OSError(self.errno, self.message)
+        return RuntimeError(self.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,42 +281,77 @@ class Pool(Protocol):
 
 def schedule(pool: Pool, shards: list[str], meter: Meter) -> Iterator[Result]:
     """Give shards to a pool's workers, and those of a lost worker to the others."""
-    waiting, num_left = deque(shards), len(shards)
-    given: dict[str, list[str]] = {}
-    losses: Counter[str] = Counter()
+    plan = _Plan(shards)
     try:
-        while num_left:
+        while plan.left:
             for event in pool.events():
                 match event:
                     case Joined(worker):
-                        given[worker] = []
-                    case Images(worker, shard, done, quarantined) if shard in given.get(worker, []):  # else it is late
+                        plan.given[worker] = []
+                    case Images(worker, shard, done, quarantined) if plan.is_at_work(worker, shard):  # else it is late
+                        plan.latest[worker] = shard
                         meter.images(worker, shard, done, quarantined)
-                    case Done(worker, shard, stats):
-                        given[worker].remove(shard)
-                        num_left -= 1
+                    case Done(worker, shard, stats) if plan.is_new(worker, shard):
                         yield shard, stats
-                    case Failed(error):
-                        raise error
+                    case Failed():
+                        raise event.error()
                     case Lost(worker, why):
-                        back = given.pop(worker, [])
-                        _note_loss(losses, back[0] if back else "", worker, why)
-                        waiting.extendleft(reversed(back))
-            for worker, own in given.items():
-                while waiting and len(own) < (AHEAD if len(waiting) > pool.size() else 1):
-                    own.append(waiting.popleft())
-                    pool.give(worker, own[-1])
+                        meter.lost(worker)
+                        plan.lose(worker, why)
+            for worker, shard in plan.next_ones(pool.size()):
+                pool.give(worker, shard)
     finally:
         pool.close()
 
 
-def _note_loss(losses: Counter[str], shard: str, worker: str, why: str) -> None:
-    losses[shard] += 1
-    doing = f"at work on {shard}" if shard else "before it had begun"
-    if losses[shard] == MAX_LOSSES:
-        raise UserError(f"relabel: {MAX_LOSSES} workers ended {doing}, the last one {why}: see whether the memory "
-                        "suffices, or leave the shard out")
-    progress.say(f"warning: {worker} {why} {doing}; {'the shard is done again' if shard else 'another is started'}")
+class _Plan:
+    """Which shards wait, and who has which."""
+
+    def __init__(self, shards: list[str]) -> None:
+        self.waiting, self.left = deque(shards), set(shards)
+        self.given: dict[str, list[str]] = {}
+        """Worker → the shards that it has."""
+        self.latest: dict[str, str] = {}
+        """Worker → the shard of which it has told last."""
+        self.losses: Counter[str] = Counter()
+        """Shard → the workers that were lost with it; of idle ones, those in a row."""
+
+    def is_at_work(self, worker: str, shard: str) -> bool:
+        return shard in self.left and shard in self.given.get(worker, [])
+
+    def is_new(self, worker: str, shard: str) -> bool:
+        """Note that a shard is done, by a worker that may be lost meanwhile; whether it was not done before."""
+        own = self.given.get(worker, [])
+        if shard in own:
+            own.remove(shard)
+        elif shard in self.waiting:  # it had been taken back
+            self.waiting.remove(shard)
+        if shard not in self.left:
+            return False
+        self.left.remove(shard)
+        self.losses.pop(shard, None)
+        self.losses.pop("", None)
+        return True
+
+    def lose(self, worker: str, why: str) -> None:
+        """Take back what a worker had, of which one may be the reason why it was lost; UserError where it is."""
+        back = [shard for shard in self.given.pop(worker, []) if shard in self.left]
+        latest = self.latest.pop(worker, "")
+        shard = latest if latest in back else next(iter(back), "")
+        self.waiting.extendleft(reversed(back))
+        self.losses[shard] += 1
+        doing = f"at work on {shard}" if shard else "without a shard"
+        if self.losses[shard] >= MAX_LOSSES and (shard or not any(self.given.values())):  # else there are some at work
+            raise UserError(f"relabel: {self.losses[shard]} workers ended {doing}, the last one {why}: see whether the "
+                            f"memory suffices{', or leave the shard out' if shard else ''}")
+        progress.say(f"warning: {worker} {why} {doing}; {'the shard is done again' if shard else 'another is started'}")
+
+    def next_ones(self, num_workers: int) -> Iterator[tuple[str, str]]:
+        """Worker and shard, of the shards that are to be given now."""
+        for worker, own in self.given.items():
+            while self.waiting and len(own) < (AHEAD if len(self.waiting) > num_workers else 1):
+                own.append(self.waiting.popleft())
+                yield worker, own[-1]
 
 
 class LocalPool:
@@ -279,10 +401,15 @@ class LocalPool:
         return Lost(worker, f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}")
 
     def close(self) -> None:
+        """What they are at work on is lost; who does not heed that is killed."""
         for process, connection, _ in self.workers.values():
             process.terminate()
             connection.close()
+        end = time.monotonic() + TIME_TO_END
         for process, *_ in self.workers.values():
+            process.join(max(0.0, end - time.monotonic()))
+        for process, *_ in self.workers.values():
+            process.kill()
             process.join()
 
 
@@ -291,11 +418,9 @@ def _serve(job: Job, device: str, name: str, connection: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for all its processes: the parent ends us
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a parent that was killed can't
     try:
-        with job.open(device, lambda *report: connection.send(Images(name, *report))) as worker:
+        with _open(job, device, lambda *report: connection.send(Images(name, *report))) as worker:
             connection.send(Joined(name))
             for shard, stats in worker.relabel(iter(connection.recv, None)):
                 connection.send(Done(name, shard, stats))
-    except (UserError, OSError) as error:
-        connection.send(Failed(error))
-    except Exception:  # noqa: BLE001  (the parent shows it)
-        connection.send(Failed(RuntimeError(f"{name}:\n{traceback.format_exc()}")))
+    except (Exception, SystemExit) as error:  # noqa: BLE001  (the parent shows it)
+        connection.send(Failed.of(error, name))

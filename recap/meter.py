@@ -49,6 +49,7 @@ class Meter:
         self.begun: dict[str, tuple[int, Counter[str]]] = {}
         """Shard → how many of its images are done by now, and how many of these quarantined, by reason."""
         self.rates: dict[str, Rate] = {}
+        """Of the workers that there are."""
 
     def __enter__(self) -> Self:
         self.bar = progress.bar("relabel", self.num_images, self.before)
@@ -67,6 +68,10 @@ class Meter:
         self.rates.setdefault(worker, Rate()).add(max(0, self._count(shard, done, quarantined)))
         if time.time() > self.written + WRITE_EVERY:
             self._write("running")
+
+    def lost(self, worker: str) -> None:
+        """There will be no more of this worker: over a long run on borrowed machines, thousands come and go."""
+        self.rates.pop(worker, None)
 
     def shard(self, shard: str, done: int, quarantined: Mapping[str, int]) -> None:
         """A shard is finished, with so many images."""
@@ -96,7 +101,8 @@ class Meter:
     def _write(self, state: str) -> None:
         self.written = time.time()
         write_json(str(self.path), {
-            "state": state, "time": round(self.written, 1), "host": socket.gethostname(), "pid": os.getpid(),
+            "state": state, "began": round(self.began, 3), "time": round(self.written, 3),
+            "host": socket.gethostname(), "pid": os.getpid(),
             "images_total": self.num_images, "shards_total": self.num_shards,
             "before": {"images": self.before, "shards": self.shards_before, "quarantined": self.quarantined_before},
             "images": self.done, "shards": self.shards_done, "quarantined": self.quarantined,
@@ -109,13 +115,17 @@ class Rate:
 
     def __init__(self) -> None:
         self.counts: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        self.sum = 0
+        """Of all but the first, which was before the time that is looked at."""
 
     def add(self, count: int) -> None:
         now = time.monotonic()
         self.counts.append((now, count))
+        self.sum += count
         while self.counts[1][0] < now - WINDOW:
             self.counts.popleft()
+            self.sum -= self.counts[0][1]
 
     def per_second(self) -> float:
         seconds = time.monotonic() - self.counts[0][0]
-        return sum(count for _, count in list(self.counts)[1:]) / seconds if seconds > 0 else 0.0
+        return self.sum / seconds if seconds > 0 else 0.0

@@ -7,11 +7,14 @@ import socket
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
+from recap import progress
 from recap.engines import AHEAD, Done, Event, Failed, Images, Job, Joined, Lost, Worker
 from recap.errors import UserError
 from recap.shard_work import Stats
+from recap.storage import is_local
 
 try:
     import ray
@@ -20,6 +23,8 @@ except ImportError:
 
 LOOK_EVERY = 10.0
 """Seconds between looks for GPUs that have joined the cluster."""
+TIME_TO_ANSWER = 30.0
+"""Seconds that the cluster's head has for a connection."""
 REPORTS_EVERY = 1.0
 """Seconds between questions to a worker for how far it has got."""
 
@@ -31,31 +36,42 @@ class RayWorker:
         self.lock = threading.Lock()
         self.reports: dict[str, tuple[int, dict[str, int]]] = {}
         self.shards: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.results: dict[str, Future[Stats]] = {}
+        self.results: dict[str, Future[Stats | Failed]] = {}
+        """Shard → what becomes of it, while it is waited for."""
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     @ray.method(concurrency_group="shards")
-    def begin(self, job: Job, device: str) -> str:
-        """Be ready for shards; the worker's name. An error here is told to who asks, unlike one in `__init__`."""
-        worker = job.open(device, self._report).__enter__()
+    def begin(self, job: Job, device: str, folder: str) -> str | Failed:
+        """Be ready for shards, in the folder that relative paths are meant in; the worker's name."""
+        try:
+            _go_to(folder, str(job.out))
+            worker = job.open(device, self._report).__enter__()
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (the pool raises it)
+            return Failed.of(error, self.name)
         threading.Thread(target=self._work, args=[worker], daemon=True).start()
-        return f"{socket.gethostname()}:{os.getpid()}"
+        return self.name
 
     @ray.method(concurrency_group="shards")
-    def relabel(self, shard: str) -> Stats:
+    def relabel(self, shard: str) -> Stats | Failed:
         with self.lock:
             result = self.results[shard] = Future()
         self.shards.put(shard)
-        return result.result()
+        try:
+            return result.result()
+        finally:
+            with self.lock:
+                del self.results[shard]
 
     def _work(self, worker: Worker) -> None:
         try:
             for shard, stats in worker.relabel(iter(self.shards.get, None)):
                 self.results[shard].set_result(stats)
-        except Exception as error:  # noqa: BLE001  (it is raised where the results are waited for)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (the pool raises it)
+            failed = Failed.of(error, self.name)
             with self.lock:
                 for result in self.results.values():
                     if not result.done():
-                        result.set_exception(error)
+                        result.set_result(failed)
 
     def _report(self, shard: str, done: int, quarantined: dict[str, int]) -> None:
         with self.lock:
@@ -69,17 +85,28 @@ class RayWorker:
         return [(shard, *report) for shard, report in found.items()]
 
 
+def _go_to(folder: str, out: str) -> None:
+    """Ray starts actors where its own command was run on their machine."""
+    if Path(folder).is_dir():
+        os.chdir(folder)
+    elif is_local(out) and not Path(out).is_absolute():
+        raise UserError(f"relabel.engine=ray: {socket.gethostname()} has no {folder}, which {out} is in: share that "
+                        "folder with all machines of the cluster, or let runs and relabel.output be absolute paths "
+                        "that they share")
+
+
 class RayPool:
     """Actors, each with a GPU of its own; as many as are asked for, or as the cluster has GPUs."""
 
     def __init__(self, job: Job, workers: int | None, device: str) -> None:
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+        _connect()
         self.needs_gpu, self.workers = device.startswith("cuda"), workers
+        if (idle := _num("GPU")) and not self.needs_gpu:
+            progress.warn(f"relabel: device={device} leaves the cluster's {idle} GPUs idle; device=cuda takes them")
         kind: Any = ray.remote(num_cpus=1, num_gpus=int(self.needs_gpu), max_restarts=0,  # type: ignore[call-overload]
                                concurrency_groups={"shards": AHEAD, "reports": 1})(RayWorker)
         self.make = kind.remote
-        self.begin_with = job, "cuda:0" if self.needs_gpu else device
+        self.begin_with = job, "cuda:0" if self.needs_gpu else device, str(Path.cwd())
         self.actors: dict[str, Any] = {}
         """Worker → actor."""
         self.starting: dict[Any, Any] = {}
@@ -110,7 +137,9 @@ class RayPool:
         if time.monotonic() < self.looked + LOOK_EVERY and self.actors | self.starting:
             return
         self.looked = time.monotonic()
-        gpus = int(ray.cluster_resources().get("GPU", 0)) if self.needs_gpu else 1
+        gpus = _num("GPU") if self.needs_gpu else 1
+        if self.starting and not gpus:  # since the last look
+            progress.warn("relabel: the cluster has no GPU, which device=cuda needs; goes on when one joins")
         for _ in range(len(self.actors) + len(self.starting), self.workers or max(gpus, 1)):
             actor = self.make()
             self.starting[actor.begin.remote(*self.begin_with)] = actor
@@ -121,6 +150,8 @@ class RayPool:
             worker = ray.get(ref)
         except ray.exceptions.RayError as error:
             return [_ended(error, "a worker")]
+        if isinstance(worker, Failed):
+            return [worker]
         self.actors[worker], self.asked[worker] = actor, 0.0
         return [Joined(worker)]
 
@@ -137,7 +168,7 @@ class RayPool:
         except ray.exceptions.RayError as error:
             return self._lost(worker, error)
         if shard is not None:
-            return [Done(worker, shard, result)]
+            return [result if isinstance(result, Failed) else Done(worker, shard, result)]
         return [Images(worker, *report) for report in result]
 
     def _lost(self, worker: str, error: Exception) -> list[Event]:
@@ -145,7 +176,7 @@ class RayPool:
             return []
         ended = _ended(error, worker)
         if isinstance(ended, Lost):
-            del self.actors[worker]
+            del self.actors[worker], self.asked[worker]
             self.looked = 0.0
         return [ended]
 
@@ -155,8 +186,28 @@ class RayPool:
 
 
 def _ended(error: Exception, worker: str) -> Event:
-    """A worker that is gone is lost; what one of them says goes for all."""
+    """A worker that is gone is lost; what Ray could not do for one of them goes for all."""
     if isinstance(error, ray.exceptions.RayTaskError):
-        cause = error.cause
-        return Failed(cause if isinstance(cause, UserError | OSError) else RuntimeError(str(error)))
+        return Failed("", str(error))
     return Lost(worker, "is gone")
+
+
+def _connect() -> None:
+    """To the cluster of RAY_ADDRESS or of this machine; where there is none, one is started here."""
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        if port.isdigit():  # Ray itself tries for more than six minutes
+            socket.create_connection((host.strip("[]"), int(port)), TIME_TO_ANSWER).close()
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"relabel.engine=ray: no cluster at RAY_ADDRESS={address} ({reason}): start it with "
+                        "`ray start --head`, or unset RAY_ADDRESS for one on this machine alone") from None
+
+
+def _num(resource: str) -> int:
+    """How many of a resource the cluster has by now."""
+    return int(ray.cluster_resources().get(resource, 0))

@@ -13,7 +13,8 @@ SILENT_AFTER = 120.0
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """What the processes of a relabelling have written last, the first rank's first.
+    """What the processes of a relabelling have written last, the first rank's first; not those of an earlier run,
+    which may have had more ranks: what they have done is what the first rank has found done.
 
     Args:
         folder: of the stage, `runs/NAME/relabel`.
@@ -21,7 +22,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     files = sorted(folder.glob("progress*.json"), key=lambda file: (len(file.name), file.name))
     if not files:
         raise UserError(f"no relabelling has begun in {folder}: check name=… and runs=…, or run `recap relabel -c …`")
-    return [json.loads(file.read_bytes()) for file in files]
+    first, *others = (json.loads(file.read_bytes()) for file in files)
+    return [first, *(rank for rank in others if rank["time"] >= first["began"])]
 
 
 def status(folder: Path) -> str:

@@ -72,6 +72,40 @@ def test_a_process_that_is_killed_costs_one_image() -> None:
         assert processes.decode(png()).size == (30, 20)
 
 
+def test_a_process_that_is_killed_while_it_is_idle_costs_no_image() -> None:
+    with Decoders(1) as processes:
+        processes.decode(png())
+        process = processes._free.queue[-1]
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait()
+        assert processes.decode(png()).size == (30, 20)
+        assert process.stdin.closed and process.stdout.closed
+
+
+@pytest.mark.parametrize(("num_kills", "name"), [(1, "KILL"), (2, "KILL"), (1, "SEGV")])
+def test_an_image_is_tried_again_where_the_kernel_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                        num_kills: int, name: str) -> None:
+    tries = tmp_path / "tries"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, recap.sample\n"
+        "decode = recap.sample.decode_image\n"
+        "def decode_image(data):\n"
+        f"    with open({str(tries)!r}, 'a') as file:\n"
+        "        file.write('.')\n"
+        f"    if os.path.getsize({str(tries)!r}) <= {num_kills}:\n"
+        f"        os.kill(os.getpid(), signal.SIG{name})\n"
+        "    return decode(data)\n"
+        "recap.sample.decode_image = decode_image\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with Decoders(1) as processes:
+        if (num_kills, name) == (1, "KILL"):
+            assert processes.decode(png()).size == (30, 20)
+        else:
+            with pytest.raises(BadSample, match=f"decoder_crashed: SIG{name}"):
+                processes.decode(png())
+    assert len(tries.read_text()) == (2 if name == "KILL" else 1)
+
+
 def test_memory_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import recap.sample\n"

@@ -1,6 +1,8 @@
 """What a run says of itself while it works, read from elsewhere."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,45 @@ def test_ranks_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = status.status(tmp_path)
     assert "3 ranks done" in text and "24 of 40" in text and "4 of 4" in text and "no_image" in text
     assert [rank["images"] for rank in status.read(tmp_path)] == [5, 7, 2]
+
+
+def test_ranks_of_an_earlier_run_do_not_count_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rank in ("0", "1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        with Meter(tmp_path, 40, 4, []) as found:
+            found.shard(rank, 10, {"no_image": 1})
+    monkeypatch.delenv("RANK")
+    time.sleep(0.01)
+    with Meter(tmp_path, 40, 4, [stats(9, no_image=1)] * 3) as found:
+        found.shard("3", 10, {})
+        monkeypatch.setenv("RANK", "2")
+        assert "30 of 40" not in status.status(tmp_path) and "40 of 40" in status.status(tmp_path)
+        with Meter(tmp_path, 40, 4, []):
+            assert [rank["pid"] for rank in status.read(tmp_path)] == [os.getpid()] * 2
+    text = status.status(tmp_path)
+    assert "2 ranks done" in text and "40 of 40" in text and "4 of 4" in text
+    assert text.splitlines()[-1] == "quarantined  no_image                              3"
+
+
+def test_a_lost_worker_has_no_rate_any_more(tmp_path: Path) -> None:
+    with Meter(tmp_path, None, 1, []) as found:
+        for place in range(100):
+            found.images(f"node-{place}", "a", place, {})
+            found.lost(f"node-{place - 1}")
+        found.shard("a", 100, {})
+        assert list(said(tmp_path)["workers"]) == ["node-99"] and not found.begun
+
+
+def test_a_rate_is_of_the_last_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(meter.time, "monotonic", lambda: now)
+    rate = meter.Rate()
+    for place in range(600):
+        now += 1
+        rate.add(3 if place < 300 else 8)
+    assert rate.per_second() == 8 and len(rate.counts) < 65
+    now += 61
+    assert rate.per_second() == pytest.approx(8 * 61 / 122, abs=0.1)
 
 
 def test_a_killed_run_is_silent_and_has_no_rate(tmp_path: Path) -> None:
