@@ -26,7 +26,7 @@ from recap.config import Style
 from recap.config.relabel import ANY_LENGTH, Action, Checks, ClipCheck, ObjectCheck
 from recap.errors import UserError
 from recap.experts import View
-from recap.filters import ADDRESSES_A_MODEL, undetected
+from recap.filters import ENGLISH, undetected
 from recap.image_filters import middle
 from recap.sample import INVISIBLE
 
@@ -151,18 +151,54 @@ def faults(caption: str, ended: bool, style_name: str, prompt: str, config: Chec
 
 RUN = 5
 """Words in a row of a prompt that no caption may hold."""
+PICTURES = """
+background bottom center central centre corner corners depicts edge every foreground front frame how image images
+middle main my natural of our part photo photograph photos picture pictures position right left scene show showing
+shown shows side sides sign signs subject text top upper lower view visible was we what when your you i
+"""
+"""Words of where things are in a picture."""
+PLAIN = ENGLISH.union(PICTURES.split())
+"""What captions are full of: a run of a prompt must hold two words at least that are none of these."""
 MARK = re.compile(r"\b(?:question|answer|user|assistant|human)\s?:")
 """What a prompt marks its parts with, and a language model goes on with."""
+TO_A_MODEL = re.compile(r"""
+    \b(?:ignore|disregard|forget|override|bypass)\ (?:\w+\ ){0,3}
+      (?:previous|prior|preceding|earlier|above|instructions?|prompts?|guidelines)\b
+  | \byou\ are\ (?:now\ )?an?\ (?:[\w-]+\ ){0,2}(?:ai|assistant|chatbot|captioner|language\ model)\b
+  | (?:^|[.!?\[\]<>|#]\s*)(?:system|assistant|developer)(?:\ (?:prompt|message|note))?\s*[\]|>]*:
+  | <\|?(?:im_start|im_end|system|image|/?facts)\b | \[/?inst\] | \#\#\#?\ ?(?:instructions?|system|response)
+  | \b(?:system|your)\ prompt\b | \bprompt\s*: | \bcaptions?\ (?:must|should|shall|has\ to|have\ to|needs?\ to)\b
+  | \b(?:reply|respond|answer|output)\ (?:\w+\ )?only\b | \bwhen\ (?:describing|captioning)\b
+    """, re.VERBOSE)
+"""What a caption does not say of an image, however it is written. Alt-text may be worse, see `addresses_a_model`."""
+WRITING = re.compile(r"""
+    \b(?:says?|saying|reads?|reading|titled|labell?ed|(?:words|letters|lettering|text)(?!\ (?:that|which|i)\b))
+    \s[^.!?;"*`\#{}<>]{1,100}
+    """, re.VERBOSE)
+"""What can be read in an image, where a caption gives it without quotation marks."""
 
 
 def _is_leaked(text: str, prompt: str) -> bool:
     """Whether a normal text holds its prompt, or a run of it, or what is said to a model or by one."""
-    words, said = words_of(normal(prompt)), f" {' '.join(words_of(text))} "
-    size = min(len(words), RUN)
-    runs = (words[start:start + size] for start in range(len(words) - size + 1)) if size > 1 else ()
-    own = unquoted(text)
-    return (any(f" {' '.join(run)} " in said for run in runs) or is_chatter(text) or is_refusal(text)
-            or MARK.search(own) is not None or ADDRESSES_A_MODEL.search(own) is not None)
+    own = WRITING.sub("", unquoted(text))
+    return (_holds(words_of(text), words_of(normal(prompt))) or is_chatter(own) or is_refusal(own)
+            or MARK.search(own) is not None or TO_A_MODEL.search(own) is not None)
+
+
+def _holds(words: list[str], prompt: list[str]) -> bool:
+    """Whether a text begins with a prompt, or holds a run of it that no other caption would.
+
+    A prompt of fewer than RUN words is a run, if one of them is not plain. One like `there is` says nothing.
+    """
+    size = min(len(prompt), RUN)
+    if size < 2:
+        return False
+    said = f" {' '.join(words)} "
+    if said.startswith(f" {' '.join(prompt)} ") and not ENGLISH.issuperset(prompt):
+        return True
+    needed = 2 if size == RUN else 1
+    runs = (prompt[start:start + size] for start in range(len(prompt) - size + 1))
+    return any(f" {' '.join(run)} " in said for run in runs if len(set(run) - PLAIN) >= needed)
 
 
 IMAGE_FILE = r"\.(?:jpe?g|png|gif|webp|bmp|tiff?)\b"
@@ -174,15 +210,24 @@ NO_WORD = re.compile(f"{ADDRESS} | {MARKUP} | {CODE}", re.IGNORECASE | re.VERBOS
 FILE_NAME = re.compile(rf"{IMAGE_FILE}\W*$", re.IGNORECASE)
 MAX_TOKEN = 100
 """Letters of what stands between two spaces that are read."""
+DEBRIS = re.compile(r"""
+    [\[<](?:unk|pad|cls|sep|mask|bos|eos)[\]>] | <0x[0-9a-f]{2}> | ▁ | (?:^|\s)\#\#\w
+  | (?:^|\s)ġ\w.{0,100}?\sġ\w
+  | \[\s*-?\d[\d.]*(?:\s*,\s*-?\d[\d.]*){2,}\s*\] | \(\s*-?\d[\d.]*\s*,\s*-?\d[\d.]*\s*\)\s*,?\s*\(\s*-?\d[\d.]*\s*,
+    """, re.IGNORECASE | re.VERBOSE)
+"""What a tokenizer leaves of its tokens, and a detector of its boxes: once is enough."""
 NOT_TEXT = ("Cc", "Cs", "Co", "Cn")
 """Unicode categories of characters that no text holds."""
 
 
 def _is_non_text(caption: str) -> bool:
-    """Whether more than half of a caption, by letters, is made of what is no word; or it is an image file's name."""
+    """Whether more than half of a caption, by letters, is made of what is no word; it is an image file's name; or holds
+    what only programs write.
+    """
     tokens = [token.strip(INVISIBLE) for token in caption.split()]
     num_letters = sum(len(token) for token in tokens if _is_no_word(token[:MAX_TOKEN]))
-    return 2 * num_letters > sum(map(len, tokens)) or FILE_NAME.search(tokens[-1][-MAX_TOKEN:]) is not None
+    return (2 * num_letters > sum(map(len, tokens)) or FILE_NAME.search(tokens[-1][-MAX_TOKEN:]) is not None
+            or DEBRIS.search(caption) is not None)
 
 
 def _is_no_word(token: str) -> bool:
@@ -195,8 +240,11 @@ def _is_no_word(token: str) -> bool:
 
 # --- against the image ---------------------------------------------------------------------------------------------
 
-MAX_SCORED = 2000
-"""Letters of a text that CLIP reads: more than a caption of 300 words has; alt-text may have any number."""
+MAX_SCORED, MAX_SENTENCES = 2000, 32
+"""Letters of a text that CLIP reads, and sentences: more than a caption of 300 words has; alt-text may have any number.
+"""
+CLIPS_SENTENCE = re.compile(r"""[.!?…]["'”’»)\]]*\s|[。！？\n]""")
+"""The end of what CLIP reads at a time, of a text that it does not read whole."""
 
 
 class ClipScores:
@@ -219,7 +267,7 @@ class ClipScores:
         texts = [[*each, alt_text] for each, alt_text in zip(captions, alt_texts, strict=True)]
         owner = [place for place, each in enumerate(texts) for _ in each]
         scores, _ = self.scorer.score_embedded(self.scorer.embed_images(images)[owner],
-                                               [text[:MAX_SCORED] for each in texts for text in each])
+                                               [_beginning(text) for each in texts for text in each])
         left = iter(scores.round(2).tolist())  # the last digits depend on the batch
         found = []
         for each in texts:
@@ -232,6 +280,13 @@ class ClipScores:
         is_below = self.config.above_alt and alt is not None and score < alt
         return Found(["low_clip_score"] * is_low + ["below_alt_text"] * is_below,
                      {"clip_score": score} | ({} if alt is None else {"alt_clip_score": alt}))
+
+
+def _beginning(text: str) -> str:
+    """What CLIP reads of a text; of `a. a. a. …` it would be hundreds."""
+    text = text[:MAX_SCORED]
+    ends = [found.end() for found in CLIPS_SENTENCE.finditer(text)]
+    return text[:ends[MAX_SENTENCES - 1]] if len(ends) >= MAX_SENTENCES else text
 
 
 class Objects:

@@ -4,6 +4,7 @@ Counted in one pass and in bounded memory, by many workers at once: what each ha
 same figures in whatever order. Words are those of `eval.caption_tokens`, tokens are CLIP's.
 """
 
+import base64
 import hashlib
 import heapq
 import json
@@ -18,26 +19,33 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from recap.caption_checks import FAULTS
 from recap.caption_formats import STYLE
 from recap.caption_tables import read_rows
 from recap.chunks import CONTENT_TOKENS
 from recap.clip_bpe import clip_tokenizer
 from recap.errors import BadSample, UserError
-from recap.sample import MAX_TEXT_BYTES, Sample, caption_extension
+from recap.sample import Sample, caption_extension
 from recap.shards import Reject, read_shard, shard_name
 
 if TYPE_CHECKING:
     from eval.clip_score import ClipScorer
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of parts."""
 MADE = ("captioner", "revision", "adapter", "prompt", "decoding")
 """What `KEY.recap.json` says of how a caption was made."""
 MAX_RECORD_BYTES = 1_000_000
 """Of a `KEY.recap.json` that is read."""
 MAX_NAME, MAX_FLAGS = 40, 64
-"""Characters of a flag's or score's name, and different flags that are told apart; others count as `other`."""
-MAX_KEPT = 2**14
-"""Different values (words, pairs of words, captions) that are kept of each kind of caption."""
+"""Characters of a flag's or score's name, and flags or scores of a caption that are read."""
+MAX_KEPT, MAX_WRITTEN = 2**14, 2**11
+"""Different values (words, pairs of words, captions) that are kept of each kind of caption: in memory, and of a part
+that is written. A set has a part for every shard, and all of them are read again."""
+NUM_BYTES = 5
+"""Of a value's hash: of a billion values, one in 2,000 falls together with another."""
+MAX_CACHED = 64
+"""Characters of a text of which it is remembered what was computed: there may be many, and of any length."""
 WINDOW = 100
 """Words in a row over which types and tokens are compared."""
 BINS = (0, 5, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300)
@@ -65,7 +73,7 @@ class Caption:
     made: dict[str, Any] | None = None
     """How: `captioner`, `revision`, `adapter`, `prompt`, `decoding`. None where the shard came with it."""
     num_clip_tokens: int | None = None
-    """Without BOS and EOS, where it is recorded."""
+    """Without BOS and EOS, where it is recorded, and may be right."""
     flags: tuple[str, ...] = ()
     scores: dict[str, float] = field(default_factory=dict)
 
@@ -109,8 +117,13 @@ def _caption(sample: Sample, kind: str, entry: dict[str, Any] | None) -> Caption
     numbers = list(scores.items())[:MAX_FLAGS] if isinstance(scores, dict) else []
     tokens = entry.get("num_clip_tokens")
     return Caption(kind, text, fault, {name: entry.get(name) for name in MADE},
-                   tokens if type(tokens) is int and 0 <= tokens <= MAX_TEXT_BYTES else None, tuple(known),
+                   tokens if type(tokens) is int and _may_have(text, tokens) else None, tuple(known),
                    {name: value for name, value in numbers if _is_name(name) and _is_score(value)})
+
+
+def _may_have(text: str, num_tokens: int) -> bool:
+    """Whether a text may have so many CLIP tokens: one for each word at least, and no more than it has bytes."""
+    return len(text.split()) <= num_tokens <= 2 * len(text.encode())  # in lower case it may have more
 
 
 def _is_name(value: Any) -> bool:
@@ -130,7 +143,8 @@ class Distinct:
 
     Distinct sampling (Gibbons 2001, VLDB): only those values are kept whose hash ends in `level` zero bits, and as soon
     as they are too many, the level rises by one, which halves them. What is kept depends on the values alone, not on
-    their order, so counts of parts join to the count of the whole. Their standard error is about 1 %.
+    their order, so counts of parts join to the count of the whole. Their standard error is about 1 %, and of a part
+    that was written 3 %.
     """
 
     level: int = 0
@@ -148,27 +162,59 @@ class Distinct:
             self._raise(self.level + 1)
 
     def _raise(self, level: int) -> None:
-        self.level = level
-        self.counts = {code: times for code, times in self.counts.items() if not code & ((1 << level) - 1)}
+        if level > self.level:
+            self.level = level
+            self.counts = {code: times for code, times in self.counts.items() if not code & ((1 << level) - 1)}
 
     def merge(self, other: "Distinct") -> None:
-        self._raise(max(self.level, other.level))
+        self._raise(other.level)
         for code, times in other.counts.items():
             self._add(code, times)
+
+    def partial(self) -> dict[str, Any]:
+        """No more than `MAX_WRITTEN` values, as JSON: their hashes one after the other, those that came once first; and
+        how often the others came. In strings, for a list has a line for each.
+        """
+        kept = Distinct(self.level, self.counts)
+        while len(kept.counts) > MAX_WRITTEN:
+            kept._raise(kept.level + 1)
+        codes = sorted(kept.counts, key=lambda code: (kept.counts[code] > 1, code))
+        times = [str(kept.counts[code]) for code in codes if kept.counts[code] > 1]
+        data = b"".join(code.to_bytes(NUM_BYTES) for code in codes)
+        return {"level": kept.level, "codes": base64.b64encode(data).decode(), "times": " ".join(times)}
+
+    @classmethod
+    def from_partial(cls, found: dict[str, Any]) -> "Distinct":
+        data = np.frombuffer(base64.b64decode(found["codes"]), np.uint8).reshape(-1, NUM_BYTES)
+        codes = data @ (np.int64(1) << np.arange(8 * (NUM_BYTES - 1), -1, -8))
+        times = list(map(int, found["times"].split()))
+        return cls(found["level"], dict(zip(codes.tolist(), [1] * (len(codes) - len(times)) + times, strict=True)))
 
     @property
     def number(self) -> int:
         return len(self.counts) << self.level
 
-    @property
-    def number_once(self) -> int:
-        return sum(times == 1 for times in self.counts.values()) << self.level
+    def share_repeated(self, num: int) -> float | None:
+        """Of `num` values that were added, the share of those that came more than once.
+
+        It is a ratio within the sample, whose size then matters little. But a value that came very often may be in the
+        sample, or not; then the sample stands for another number than `num`, and what came once is compared with that.
+        """
+        expected, kept = num / (1 << self.level), sum(self.counts.values())
+        if abs(kept - expected) <= 3 * math.sqrt(expected):
+            expected = kept
+        return _share(max(0.0, expected - sum(times == 1 for times in self.counts.values())), expected)
 
 
-@lru_cache(2**16)
 def _hash(value: str) -> int:
-    """48 bits: of a billion values, some 2,000 fall together."""
-    return int.from_bytes(hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=6).digest())
+    return _remembered_hash(value) if len(value) <= MAX_CACHED else _compute_hash(value)
+
+
+def _compute_hash(value: str) -> int:
+    return int.from_bytes(hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=NUM_BYTES).digest())
+
+
+_remembered_hash = lru_cache(2**16)(_compute_hash)
 
 
 @dataclass
@@ -194,9 +240,8 @@ class Tally:
         self.words[len(words)] += 1
         self.clip_tokens[num_tokens] += 1
         self.sums.update(captions=1, pairs=max(0, len(words) - 1), checked=flags is not None)
-        for flag in flags or ():
-            self.flags[flag if flag in self.flags or len(self.flags) < MAX_FLAGS else "other"] += 1
-        if text:
+        self.flags.update({flag if flag in FAULTS else "other" for flag in flags or ()})
+        if words:
             self.distinct["captions"].add(text)
         for word in words:
             self.distinct["words"].add(word)
@@ -235,18 +280,15 @@ class Tally:
 
     def partial(self) -> dict[str, Any]:
         """All of it as JSON, the same bytes for the same captions in the same order."""
-        distinct = {name: {"level": each.level, "counts": dict(sorted(each.counts.items()))}
-                    for name, each in self.distinct.items()}
         return {"sums": dict(sorted(self.sums.items())), "words": dict(sorted(self.words.items())),
                 "clip_tokens": dict(sorted(self.clip_tokens.items())), "flags": dict(sorted(self.flags.items())),
-                "distinct": distinct}
+                "distinct": {name: each.partial() for name, each in self.distinct.items()}}
 
     @classmethod
     def from_partial(cls, found: dict[str, Any]) -> "Tally":
         return cls(Counter(found["sums"]), _by_number(found["words"]), _by_number(found["clip_tokens"]),
                    Counter(found["flags"]),
-                   {name: Distinct(each["level"], dict(_by_number(each["counts"])))
-                    for name, each in found["distinct"].items()})
+                   {name: Distinct.from_partial(each) for name, each in found["distinct"].items()})
 
     def summary(self) -> dict[str, Any]:
         sums, distinct = self.sums, self.distinct
@@ -262,7 +304,7 @@ class Tally:
             "distinct_2": _share(min(distinct["pairs"].number, sums["pairs"]), sums["pairs"]),
             "reading_ease": round(206.835 - 1.015 * per_sentence - 84.6 * per_word, 2) if words else None,
             "grade": round(0.39 * per_sentence + 11.8 * per_word - 15.59, 2) if words else None,
-            "share_repeated": _share(max(0, num_read - distinct["captions"].number_once), num_read),
+            "share_repeated": distinct["captions"].share_repeated(num_read),
             "num_checked": sums["checked"],
             "share_not_ended": _share(self.flags["not_ended"], sums["checked"]),
             "flags": dict(sorted(self.flags.items())),
@@ -364,7 +406,7 @@ def num_clip_tokens(text: str) -> int:
     return len(clip_tokenizer()(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"])
 
 
-def _share(part: int, whole: int) -> float | None:
+def _share(part: float, whole: float) -> float | None:
     return round(part / whole, 4) if whole else None
 
 
@@ -389,12 +431,18 @@ def sentences(text: str) -> list[str]:
     return [found.strip() for found in _SENTENCE_END.split(text) if found.strip()]
 
 
-@lru_cache(2**16)
 def num_syllables(word: str) -> int:
     """Syllables of an English word in lower case, by its spelling: groups of vowels, less silent ones; at least one."""
+    return _remembered_syllables(word) if len(word) <= MAX_CACHED else _count_syllables(word)
+
+
+def _count_syllables(word: str) -> int:
     parts = [part for part in re.split("[’'-]", word) if part not in ("s", "t", "d", "m", "ll", "re", "ve")]
     return max(1, sum(_IRREGULAR.get(part) or max(1, len(_VOWELS.findall(part)) + len(_APART.findall(part))
                                                   - len(_SILENT.findall(part))) for part in parts))
+
+
+_remembered_syllables = lru_cache(2**16)(_count_syllables)
 
 
 # --- closeness to a reference set ----------------------------------------------------------------------------------

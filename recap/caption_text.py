@@ -62,10 +62,13 @@ def is_refusal(text: str) -> bool:
 
 CHATTER = re.compile(r"""
     ^[\s"]*(?:sure|certainly|of\ course|okay|ok|absolutely|great|alright)\b\s*[!,.:]
-  | \bhere(?:'s|\ is|\ are)\ (?:the|your|a|an|my|some|three|two)\ (?:\w+\ ){0,2}
+  | \b(?:here(?:'s|\ is|\ are)|the\ following\ (?:is|are))\ (?:the|your|a|an|my|some|three|two)\ (?:[\w-]+,?\ ){0,4}
       (?:captions?|descriptions?|json|summary|answers?|alt[-\ ]text)\b
   | \bi\ (?:hope|have\ (?:written|created|generated|described)|(?:will|would)\ (?:describe|write))\b
-  | \blet\ me\ know\b | \bfeel\ free\b | \bas\ requested\b
+  | \blet\ me\ (?:know|describe|explain|provide|elaborate)\b | \bfeel\ free\b | \bas\ requested\b
+  | \bwould\ you\ like\ (?:me\ to|more|to\ know|an?\ (?:more|different|longer|shorter)\ )
+  | \bis\ there\ anything\ else\b | \b(?:happy|glad)\ to\ (?:help|assist|describe)\b | \bword\ count\s?:
+  | (?:^|[.!?]\s+)q\s?:.{1,200}?[.!?\s]a\s?:
   | \bas\ an?\ (?:ai|artificial|(?:large\ )?language|assistant)\b
   | \b(?:language|vision)\ models?\b | \bai\ (?:model|assistant|language)\b | \byou\ cannot\ see\b
   | \bmy\ (?:task|instructions|answer|response|training)\b
@@ -77,7 +80,8 @@ CHATTER = re.compile(r"""
   | \balt(?:ernative)?[-\ _]text\b | \b(?:image|revised|rewritten|requested|final)\ captions?\b | \bcaptioning\ model
   | \b(?:this|my|your|following)\ captions?\b
   | \bthe\ captions?\ (?:describes?|must|should|would|combines?|based|(?:for|of)\ (?:the|this)\ (?:image|photo))\b
-  | ```|\*\*|[{}]|^\s*[#*•]|</?[a-z]+> | ^\s*(?:short|long|rich|captions?|output|answer|description)\s*:
+  | ```|\*\*|[{}]|^\s*[#*•](?!\s?\d)|</?[a-z]+>
+  | ^\s*(?:short|long|rich|(?:\w+\ ){0,2}(?:captions?|output|answer|descriptions?)(?:\ \d)?)\s*:
   | (?:^|[.!?]\s+)\(?(?:please\ )?note(?:\ that\b|:) | \bplease\ note\b
     """, re.VERBOSE)
 REFUSAL = re.compile(r"""
@@ -89,6 +93,18 @@ REFUSAL = re.compile(r"""
   | \bcannot\ (?:assist|help\ with|comply|provide|fulfil|be\ described|describe)
   | \bno\ (?:image|facts|information|data)\ (?:(?:was|is|were|are|has\ been|have\ been)\ )?
       (?:provided|given|attached|available|supplied)\b
+  | \b(?:please|could\ you|can\ you)\ (?:please\ )?(?:provide|upload|share|attach|send|re-?upload|re-?send)
+      (?:\ \w+){0,3}\ (?:image|picture|photo|file|link|it)\b
+  | \b(?:image|picture|photo)\ (?:cannot|can't|can\ not|could\ not|couldn't)\ be
+      \ (?:displayed|loaded|shown|seen|viewed|accessed|processed|found|opened|rendered)\b
+  | \b(?:image|picture|photo)\ (?:did\ not|didn't|does\ not|doesn't|has\ not|hasn't|failed\ to|won't)(?:\ seem\ to)?
+      (?:\ have)?\ (?:loaded|load|come\ through|uploaded|upload|been\ (?:loaded|uploaded|attached))\b
+  | \bthe\ (?:image|picture|photo)\ is\ (?:not\ (?:available|attached|loading)|unavailable|missing\b\W*$)
+  | \bi(?:'m\ not|\ am\ not|\ do\ not\ feel|\ don't\ feel)\ comfortable\b
+  | \bi\ need\ (?:more|additional)\ (?:context|information|details)\b
+  | \bi(?:'m|\ am)\ just\ an?\ (?:computer|program)\b | \btext-based\ (?:model|ai|assistant)\b
+  | \blo\ siento\b | \bno\ puedo\ (?:ver|describir|ayudar|proporcionar|identificar|acceder)\b
+  | ^\W*(?:很?抱歉|对不起|對不起) | (?:无法|無法|不能)(?:查看|看到|看見|描述|识别|識別|提供|生成|帮|幫)
     """, re.VERBOSE)
 
 # --- repetition ----------------------------------------------------------------------------------------------------
@@ -99,6 +115,8 @@ MAX_PERIOD = 40
 """Words in the longest run whose repetition is looked for."""
 LONG_LOOP = 14
 """Words that are said again before a run of over eight counts as a loop."""
+NUMBERED = 2
+"""How many times as long a loop must be that has other numbers every time: `person 1, person 2, …`."""
 STUTTER = re.compile(r"([^\s\d]{1,4}?)(?:\s?\1){7,}")
 """A letter or a sign, or up to four together, eight times in a row: `hahahaha…`, `. . . .`; a number may have zeros."""
 
@@ -108,15 +126,21 @@ def repeats(text: str) -> bool:
     sentences = [" ".join(words_of(sentence)) for sentence in SENTENCE_END.split(text)]
     told = [sentence for sentence in sentences if sentence.count(" ") >= 2]
     words = words_of(text)
-    return (len(set(told)) < len(told) or any(_is_looped(words, period) for period in range(1, MAX_PERIOD + 1))
-            or (len(words) >= 20 and len(set(words)) < MIN_DISTINCT * len(words)) or STUTTER.search(text) is not None)
+    unnumbered = [word for word in words if not word.isdecimal()]
+    return (len(set(told)) < len(told) or _is_in_a_loop(words) or STUTTER.search(text) is not None
+            or (len(words) >= 20 and len(set(words)) < MIN_DISTINCT * len(words))
+            or (len(unnumbered) < len(words) and _is_in_a_loop(unnumbered, NUMBERED)))
 
 
-def _is_looped(words: list[str], period: int) -> bool:
+def _is_in_a_loop(words: list[str], times: int = 1) -> bool:
+    return any(_is_looped(words, period, times) for period in range(1, MAX_PERIOD + 1))
+
+
+def _is_looped(words: list[str], period: int, times: int) -> bool:
     """Whether a run of so many words comes four times in a row; of three to eight, three times; of more, twice, if that
-    is LONG_LOOP words again: a list of things in the same place says nine words twice.
+    is LONG_LOOP words again: a list of things in the same place says nine words twice. Or `times` as many words again.
     """
-    needed, run = period * (3 if period <= 2 else 2) if period <= 8 else max(period, LONG_LOOP), 0
+    needed, run = times * (period * (3 if period <= 2 else 2) if period <= 8 else max(period, LONG_LOOP)), 0
     for before, word in zip(words, words[period:], strict=False):
         run = run + 1 if before == word else 0
         if run == needed:

@@ -5,6 +5,7 @@ come from the web: on the card they are text, whatever they hold.
 """
 
 import datetime
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -12,8 +13,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import PurePosixPath
 from typing import Any
-
-import fsspec
 
 from recap import __version__
 from recap.caption_statistics import (
@@ -31,12 +30,14 @@ from recap.caption_statistics import (
     read_captions,
 )
 from recap.errors import UserError
-from recap.shard_work import total
+from recap.shard_work import ahead, total
 from recap.shards import expand
 from recap.show import Row, Text, plain, ways
-from recap.storage import exists, write_bytes, write_json
+from recap.storage import exists, open_seekable, read_bytes, write_bytes, write_json
 
 NUM_EXAMPLES = 5
+NUM_READ = 32
+"""Small files at a time; a set has several for each shard."""
 SETTINGS = ("captioner", "styles", "relabel")
 """Tables of the experiment that a card shows; what else the stage read is inputs' names, sizes and hashes."""
 MARKDOWN = re.compile(r"([\\`*_\[\]|~$@]|:(?=//|[\w+-]+:)|(?<=www)\.)", re.IGNORECASE)
@@ -88,7 +89,8 @@ def make_card(folder: str, reference: str | None = None, kind: str | None = None
     """
     folder = folder.rstrip("/")
     shards = _shards(folder)
-    stats = [_read_json(url.removesuffix(PurePosixPath(url).suffix) + "_stats.json") for url in shards]
+    urls = [url.removesuffix(PurePosixPath(url).suffix) + "_stats.json" for url in shards]
+    stats = list(ahead(_read_json, urls, NUM_READ))
     if None in stats:
         raise UserError(f"{shards[stats.index(None)]} has no stats, so the set is not finished: run the same "
                         "`recap relabel` again first")
@@ -125,8 +127,7 @@ def write_card(folder: str, shards: list[str], result: dict[str, Any], settings:
 def statistics_of(shards: list[str], kinds: list[str]) -> CaptionStatistics:
     """Statistics of a set's captions: what was counted with each shard, and where it was not, what is read now."""
     whole = CaptionStatistics(kinds)
-    for url in shards:
-        found = _read_json(partial_file(url))
+    for url, found in zip(shards, ahead(_read_json, map(partial_file, shards), NUM_READ), strict=True):
         whole.merge(CaptionStatistics.from_partial(found) if found and found.get("schema") == SCHEMA
                     else of_shard(url, kinds))
     return whole
@@ -158,7 +159,7 @@ def read_reference(path: str, kind: str | None) -> list[str]:
     if path.endswith(".txt"):
         if not exists(path):
             raise UserError(f"--reference: nothing at {path}: check the path")
-        with fsspec.open(path, "rt", encoding="utf-8", errors="replace") as file:
+        with io.TextIOWrapper(open_seekable(path), encoding="utf-8", errors="replace") as file:
             lines = ((f"{place}", " ".join(line.split())) for place, line in enumerate(file) if line.strip())
             return draw(lines, 2 * MAX_COMPARED)
     if not kind:
@@ -188,11 +189,10 @@ def _read_json(url: str) -> dict[str, Any] | None:
     """An object of a file of ours, or None where there is none."""
     if not exists(url):
         return None
-    with fsspec.open(url, "rb") as file:
-        try:
-            found = json.load(file)
-        except ValueError as error:
-            raise UserError(f"{url} is damaged ({error}): delete it, and run the same `recap relabel` again") from error
+    try:
+        found = json.loads(read_bytes(url))
+    except ValueError as error:
+        raise UserError(f"{url} is damaged ({error}): delete it, and run the same `recap relabel` again") from error
     return found if isinstance(found, dict) else None
 
 

@@ -202,8 +202,10 @@ VAGUE = _set("or to about around least most than over nearly almost roughly anot
 """Words before a number that is not the number of all, or not for certain."""
 UNITS = _set("story storey tier level lane way piece person inch foot meter year day dozen wheel door seat part")
 """What stands between a number and a noun that it does not count: `two story houses`."""
-ABSENT = _set("no not without nor neither like resembling resembles than")
+ABSENT = _set("no not without nor neither like resembling resembles than lack lacks lacking devoid")
 """Words shortly before a noun that is not said to be there."""
+FREE = {(word, "of") for word in ("free", "empty", "absence", "void", "clear", "bare")}
+"""The same, in two words."""
 
 
 def ungrounded(caption: str, facts: Facts) -> list[str]:
@@ -281,7 +283,12 @@ def _stated(words: list[str]) -> list[Mention]:
     found = list(mentions(words))
     modifiers = {one.start for one, following in pairwise(found) if one.end == following.start and not one.noun.plural}
     return [each for each in found if each.noun.sure and each.start not in modifiers
-            and ABSENT.isdisjoint(words[max(each.start - 3, 0):each.start])]
+            and not _is_absent(words[max(each.start - 3, 0):each.start])]
+
+
+def _is_absent(before: list[str]) -> bool:
+    """Whether the words before a noun say that it is not there."""
+    return not ABSENT.isdisjoint(before) or not FREE.isdisjoint(pairwise(before))
 
 
 def _seen(facts: Facts) -> set[str]:

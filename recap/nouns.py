@@ -176,6 +176,16 @@ dog, corn dogs, dirt road, dirt bike, dirt bikes, school bus, city bus, tour bus
 volley ball, base ball, at the plate, men's, women's, children's, kids', girls', boys'
 """
 """Runs of words that say nothing for certain of the things their words name."""
+COMPOUNDS = """
+telephone pole, phone pole, telephone wire, phone wire, telephone line, phone line, telephone cable, phone number, phone
+case, phone charger, truck stop, cup holder, bottle cap, bottle opener, pizza cutter, pizza box, banana peel, orange
+peel, dog park, dog collar, dog bowl, dog leash, dog house, dog bed, dog food, dog toy, cat food, cat toy, cat tree,
+fish bowl, fish tank, horse trailer, car wash, car dealership, train ticket, bus shelter, bus lane, bus ticket, boat
+ramp, boat trailer, boat house, bike rack, bike lane, bike path, bike helmet, bicycle rack, bicycle lane, bed sheet, bed
+frame, river bed, book store, book bag, mouse pad, knife block, cake pan, toilet brush, toilet seat, laptop
+bag, couch potato, oven mitt, fork lift, bear claw, kite shield
+"""
+"""Things that bear another's name, and are there without it; so are their plurals, of which none is a verb."""
 IRREGULAR = {
     "person": "people", "child": "children", "mouse": "mice", "goose": "geese", "ox": "oxen", "calf": "calves",
     "wolf": "wolves", "knife": "knives", "shelf": "shelves", "bookshelf": "bookshelves", "loaf": "loaves",
@@ -245,7 +255,8 @@ def _kinds() -> Iterator[tuple[list[str], list[str]]]:
 
 def _nouns() -> dict[tuple[str, ...], Noun]:
     ambiguous = set(AMBIGUOUS.split())
-    nouns = {idiom: Noun(idiom) for idiom in IDIOMS.replace("\n", " ").strip().split(", ")}
+    idioms, compounds = (text.replace("\n", " ").strip().split(", ") for text in (IDIOMS, COMPOUNDS))
+    nouns = {idiom: Noun(idiom) for idiom in [*idioms, *compounds, *map(plural_of, compounds)]}
     for words, _ in _kinds():
         kind = words[0].removeprefix("~")
         for word in words:

@@ -109,12 +109,15 @@ def show(shards: list[str], num: int = 5, keys: list[str] | None = None, only_fl
         colour: whether the terminal shows colours.
 
     Raises:
-        UserError: there is no such shard, or no such sample.
+        UserError: there is no such shard, or no such sample; or the page can't be written.
     """
     found = find(expand(shards, "recap show"), num, keys or [], only_flagged, seed)
     if page is None:
         return "\n".join(terminal(found, colour))
-    write_bytes(str(page), render(found).encode("utf-8", "replace"))
+    try:
+        write_bytes(str(page), render(found).encode("utf-8", "replace"))
+    except OSError as error:
+        raise UserError(f"recap show --page: cannot write {page} ({error.strerror or error}): name a file") from error
     return f"{page}: {found.choice}"
 
 

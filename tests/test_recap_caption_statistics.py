@@ -190,7 +190,8 @@ def test_counts_of_parts_join_to_those_of_the_whole(seed: int, num: int, cut: in
         assert parts[0] == whole and len(whole.counts) <= 64
         if not whole.level:
             assert whole.number == len(set(values))
-            assert whole.number_once == sum(count == 1 for count in Counter(values).values())
+            repeated = sum(count for count in Counter(values).values() if count > 1)
+            assert whole.share_repeated(num) == (round(repeated / num, 4) if num else None)
 
 
 def test_a_large_vocabulary_is_estimated_in_bounded_memory() -> None:
@@ -199,17 +200,68 @@ def test_a_large_vocabulary_is_estimated_in_bounded_memory() -> None:
         found.add(f"w{value}", 1 + value % 2)
     assert found.level and len(found.counts) <= caption_statistics.MAX_KEPT
     assert found.number == pytest.approx(200_000, rel=0.04)
-    assert found.number_once == pytest.approx(100_000, rel=0.05)
+    assert found.share_repeated(300_000) == pytest.approx(2 / 3, abs=0.01)
 
 
-def test_only_the_named_kinds_and_so_many_flags_are_counted() -> None:
+@pytest.mark.parametrize(("times", "expected", "error"), [
+    ([1] * 100_000, 0, 0), ([1, 1, 1, 2] * 25_000, 0.4, 0.01), ([9_000] + [1] * 21_000, 0.3, 0.03)])
+def test_the_share_of_repeats_is_that_of_the_sample(times: list[int], expected: float, error: float) -> None:
+    found = Distinct()
+    for value, each in enumerate(times):
+        found.add(f"a dog, {value}", each)
+    assert found.level
+    assert found.share_repeated(sum(times)) == pytest.approx(expected, abs=error)
+
+
+def test_a_written_part_is_small_whatever_was_counted() -> None:
+    found = Tally()
+    for number in range(3000):
+        found.add(" ".join(f"w{number * 9 + place}" for place in range(9)) + ".", 9, None)
+    part = json.dumps(found.partial())
+    assert len(part) < 3 * 8 * caption_statistics.MAX_WRITTEN + 1000
+    for _ in range(2):  # and what comes of it is written as it was
+        found = Tally.from_partial(json.loads(part))
+        assert json.dumps(found.partial()) == part
+    summary = found.summary()
+    assert summary["vocabulary"] == pytest.approx(27_000, rel=0.07)
+    assert summary["estimated"] == ["vocabulary", "distinct_2", "share_repeated"]
+    assert summary["distinct_2"] == pytest.approx(1, abs=0.07) and summary["share_repeated"] == 0
+
+
+@settings(max_examples=10)
+@given(st.permutations(range(6)))
+def test_parts_of_many_values_join_alike_in_whatever_order(order: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caption_statistics, "MAX_KEPT", 64)
+        patch.setattr(caption_statistics, "MAX_WRITTEN", 16)
+        wholes = [Distinct(), Distinct()]
+        for whole, places in zip(wholes, (range(6), order), strict=True):
+            for place in places:
+                part = Distinct()
+                for value in range(30 * place, 90 * place):
+                    part.add(str(value), 1 + value % 3)
+                whole.merge(Distinct.from_partial(part.partial()))
+        assert wholes[0] == wholes[1] and 0 < len(wholes[0].counts) <= 64
+
+
+def test_of_long_texts_nothing_is_remembered() -> None:
+    caption_statistics._remembered_hash.cache_clear()
+    caption_statistics._remembered_syllables.cache_clear()
+    word = "ab" * 1000
+    found = tally(f"{word} {word} dog")
+    assert found.summary()["vocabulary"] == 2
+    assert caption_statistics._remembered_hash.cache_info().currsize == 1  # of `dog`
+    assert caption_statistics._remembered_syllables.cache_info().currsize == 1
+
+
+def test_only_the_named_kinds_and_known_flags_are_counted() -> None:
     found = CaptionStatistics(["short"])
     for number in range(200):
         found.add(sample(str(number), {f"kind{number}": "x", "short": "a dog"},
-                         {"short": entry(flags=[f"flag{number}"]), f"kind{number}": entry()}))
+                         {"short": entry(flags=[f"flag{number}", f"flag{number + 1}", "empty", "empty"]),
+                          f"kind{number}": entry()}))
     assert list(found.summary()) == ["short"]
-    flags = found.summary()["short"]["flags"]
-    assert len(flags) == caption_statistics.MAX_FLAGS + 1 and sum(flags.values()) == 200
+    assert found.summary()["short"]["flags"] == {"empty": 200, "other": 200}  # captions, not mentions
 
 
 # --- records and files -----------------------------------------------------------------------------------------------
@@ -232,6 +284,14 @@ def test_of_a_record_only_plain_values_stay() -> None:
     assert found[0].flags == ("ok",) and found[0].scores == {"clip": 3.5} and found[0].num_clip_tokens is None
     lists = captions_of(sample("k", {"short": "a dog"}, {"short": entry(flags="all", scores=[1])}))
     assert lists[0].flags == () and lists[0].scores == {}
+
+
+@pytest.mark.parametrize(("said", "counted"), [
+    (7, 7), (40, 40), (6, 8), (0, 8), (47, 8), (10**6, 8), (True, 8), ("7", 8)])
+def test_a_number_of_tokens_that_cannot_be_is_counted_anew(said: Any, counted: int) -> None:
+    found = CaptionStatistics(["short"])
+    found.add(sample("k", {"short": "a dog, a cat and a bird"}, {"short": entry(num_clip_tokens=said)}))
+    assert found.summary()["short"]["clip_tokens"]["mean"] == counted
 
 
 def test_captions_are_read_from_shards_and_from_parquet(tmp_path: Path) -> None:

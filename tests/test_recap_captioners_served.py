@@ -21,11 +21,13 @@ from PIL import Image
 
 pytest.importorskip("openai")
 
+from recap.caption_checks import faults
 from recap.captioners import open_captioner, served
 from recap.captioners.served import Served
 from recap.captioners.text import Caption
 from recap.config import Style
 from recap.config.captioner import Captioner
+from recap.config.relabel import Checks
 from recap.errors import UserError
 
 STYLE = Style(prompt="A short caption:", max_new_tokens=16)
@@ -163,11 +165,68 @@ def test_a_caption_that_was_cut_off_has_not_ended(serve: Callable[..., Server]) 
 def test_an_error_is_one_clear_line(serve: Callable[..., Server], answer: Any, message: str) -> None:
     server = serve(lambda _: answer)
     with pytest.raises(UserError, match=message) as caught:
-        captions(opened(server.url), pictures())
+        captions(opened(server.url), pictures() * 2)
     said = str(caught.value)
     assert said.startswith(f"captioner.server: {server.url} ")
     assert said.isprintable()
     assert len(said) < 500
+
+
+REFUSED = "not this\nimage\x1b[31m" + "!" * 999
+
+
+@pytest.mark.parametrize(("refusal", "message"), [
+    ((400, {"error": {"message": REFUSED}}, {}), "answered 400: "),
+    ((413, {"error": {"message": REFUSED}}, {}), "answered 413: "),
+    ((422, {"error": {"message": REFUSED}}, {}), "answered 422: "),
+    ((500, {"error": {"message": REFUSED}}, {}), "answered 500: "),
+    ((200, completion("a pers", "content_filter"), {}), "filters what it says"),
+    ((200, b"<html>", {}), "gives no chat completion: "),
+    ((200, completion("x" * 3_000_000), {}), "gives no chat completion: its answer does not end"),
+])
+def test_an_image_that_is_refused_is_given_up_alone(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch,
+                                                    refusal: Any, message: str) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(served.progress, "warn", told.append)
+    monkeypatch.setattr(served, "MAX_RETRIES", 0)
+    server = serve(lambda body: refusal if colour_of(body) == "green" else (200, completion(colour_of(body)), {}))
+    captioner = opened(server.url)
+    expected = [Caption(name, True) if name != "green" else Caption("", False) for name in COLOURS]
+    assert captions(captioner, pictures()) == captions(captioner, pictures()) == expected
+    assert faults("", False, "short", STYLE.prompt, Checks())[0] == "empty"
+    warning, = told  # once, though two images were refused
+    assert warning.startswith(f"captioner.server: {server.url} {message}")
+    assert warning.isprintable() and len(warning) < 500
+
+
+def test_refusals_in_a_row_end_the_run(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served, "MAX_REQUESTS", 1)
+    server = serve(lambda body: (200, completion("red"), {}) if colour_of(body) == "red" else (
+        400, {"error": {"message": "no"}}, {}))
+    red, green = pictures()[:2]
+    assert captions(opened(server.url), [green] * 7 + [red])[-1].text == "red"
+    with pytest.raises(UserError, match=r"answered 400: .*no; that was request 8 in a row that it did not caption"):
+        captions(opened(server.url), [green] * 8)
+    captioner = opened(server.url)
+    assert len(captions(captioner, [red] + [green] * 63 + [red] + [green] * 63)) == 128
+    with pytest.raises(UserError, match="that was request 64 in a row"):
+        captions(captioner, [green])
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_what_no_image_is_the_cause_of_ends_the_run_at_once(serve: Callable[..., Server], status: int) -> None:
+    server = serve(lambda body: (status, {"error": {"message": "no"}}, {}) if colour_of(body) == "green" else (
+        200, completion("red"), {}))
+    with pytest.raises(UserError, match=f"answered {status}: .*no;"):
+        captions(opened(server.url), pictures())
+
+
+def test_of_an_image_that_is_too_long_the_middle_is_sent() -> None:
+    image = Image.new("RGB", (2000, 10), "white")
+    image.paste((250, 0, 0), (750, 0, 1250, 10))
+    url, = opened("http://127.0.0.1:9/v1").preprocess([image])
+    sent = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    assert sent.size == (500, 10) and sent.resize((1, 1)).getpixel((0, 0)) == pytest.approx((250, 0, 0), abs=9)
 
 
 def test_after_an_error_what_waits_is_not_sent(serve: Callable[..., Server]) -> None:
@@ -243,7 +302,7 @@ def test_without_openai_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_picture_that_jpeg_has_no_room_for_is_sent_as_png() -> None:
-    url, = opened("http://127.0.0.1:9/v1").preprocess([Image.new("RGB", (66_000, 1))])
+    url, = opened("http://127.0.0.1:9/v1").preprocess([Image.new("RGB", (66_000, 1320))])
     assert url.startswith("data:image/png;base64,")
 
 

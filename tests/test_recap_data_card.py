@@ -5,6 +5,7 @@ import json
 import re
 import runpy
 import shutil
+import threading
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from recap import data_card
 from recap.caption_statistics import CaptionStatistics, num_clip_tokens, partial_file
 from recap.data_card import compare, escape, make_card, read_reference, size_category, write_card
 from recap.errors import UserError
@@ -139,6 +141,23 @@ def test_what_workers_counted_is_summed_and_what_they_did_not_is_read(folder: Pa
     write_json(partial_file(str(folder / "00000.tar")), partial)
     make_card(str(folder))
     assert json.loads((folder / "statistics.json").read_text())["captions"]["short"]["num_captions"] == 114
+
+
+def test_small_files_of_many_shards_are_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for shard in range(40):
+        counted = CaptionStatistics(["alt"])
+        counted.add(sample(str(shard), 0, f"dog {shard}"))
+        write_json(partial_file(str(tmp_path / f"{shard}.tar")), counted.partial())
+    together = threading.Barrier(8)
+    read = data_card.read_bytes
+
+    def slow(url: str) -> bytes:
+        together.wait(10)  # eight at a time, or none goes on
+        return read(url)
+
+    monkeypatch.setattr(data_card, "read_bytes", slow)
+    found = data_card.statistics_of([str(tmp_path / f"{shard}.tar") for shard in range(40)], ["alt"]).summary()
+    assert found["alt"]["num_captions"] == 40 and found["alt"]["vocabulary"] == 41
 
 
 def test_a_set_that_is_not_finished_has_no_card(folder: Path, tmp_path: Path) -> None:

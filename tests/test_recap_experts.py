@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from random import Random
+from shutil import copytree
 
 import pytest
 import torch
@@ -137,6 +138,32 @@ def test_settings_that_cannot_be_right_are_found_before_anything_is_opened(name:
 def test_a_checkpoint_that_is_not_there_is_said_to_be_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stitch\.detr\.model: no folder"):
         open_expert("detr", Stitch(detr=Detr(model=str(tmp_path / "nothing"))), "cpu")
+
+
+@pytest.mark.parametrize("kind", ["yolos", "vit", "blip-2"])
+def test_another_model_is_no_detr(world_models: Path, tmp_path: Path, kind: str) -> None:
+    folder = copytree(world_models / "detr", tmp_path / "detr")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UserError, match=rf"^stitch\.detr\.model: .* holds a model of type '{kind}'"):
+        open_expert("detr", Stitch(detr=Detr(model=str(folder))), "cpu")
+
+
+def test_a_detr_without_all_its_weights_is_refused(world_models: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    folder = copytree(world_models / "detr", tmp_path / "detr")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if not name.startswith("bbox_predictor")},
+              folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"^stitch\.detr\.model: .* lacks \d+ weights of a DetrForObjectDetection"):
+        open_expert("detr", Stitch(detr=Detr(model=str(folder))), "cpu")
+
+
+def test_a_detr_with_another_models_processor_is_refused(world_models: Path, tmp_path: Path) -> None:
+    folder = copytree(world_models / "detr", tmp_path / "detr")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": "ViTImageProcessor"}))
+    with pytest.raises(UserError, match=r"^stitch\.detr\.model: the ViTImageProcessor.* makes no boxes") as caught:
+        open_expert("detr", Stitch(detr=Detr(model=str(folder))), "cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_alt_text_is_hearsay() -> None:

@@ -201,6 +201,10 @@ def test_numbers_are_compared_with_the_boxes_or_what_experts_say(caption: str, f
     ("A duck.", ["bird"], []), ("A duck.", [], ["duck"]), ("Grilled chicken.", [], []), ("A desk and a ball.", [], []),
     ("Three cats.", ["cat"], []), ("A mouse on a bike by a motorcycle.", [], []), ("A car without a cat.", ["car"], []),
     ('A sign that reads "beware of the dog".', [], []), ("A cat's tail.", [], ["cat"]), ("", ["cat"], []),
+    ("A telephone pole, phone wires and a telephone booth.", [], []), ("A truck stop by a dog park.", [], []),
+    ("Two cup holders and a phone case.", [], []), ("A cup and a phone.", [], ["cup", "phone"]),
+    ("A street that is free of cars.", [], []), ("A yard empty of any dogs.", [], []), ("A lack of cats.", [], []),
+    ("A street devoid of people.", [], []), ("An empty street with a dog.", [], ["dog"]),
 ])
 def test_only_what_a_detector_of_coco_should_have_found_is_missing(caption: str, found: list[str],
                                                                    missing: list[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, ViTModel
@@ -20,7 +20,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 from eval.clip_score import ClipScorer
 from recap.config.relabel import Aesthetic, Images, Nsfw, Watermark
 from recap.errors import BadSample, UserError
-from recap.image_filters import ImageScores, Seen, check_size, difference_hash, middle, read_head, unwanted_class
+from recap.image_filters import ImageScores, Seen, check_size, difference_hash, middle, read_head, unwanted_classes
 
 
 def noise(seed: int, height: int = 60, width: int = 80) -> Image.Image:
@@ -101,9 +101,9 @@ def test_copies_are_known_again_by_their_hash() -> None:
 
 def turned(bits: int) -> Image.Image:
     """An image whose hash differs in so many bits from that of the one without any turned."""
-    greys = np.tile(np.arange(20, 200, 20, dtype=np.uint8), (8, 1))
+    greys = np.tile(np.array([20, 60, 100, 140, 180, 140, 100, 60, 20], np.uint8), (8, 1))
     for row in range(bits):
-        greys[row, 8] = 0
+        greys[row, 8] = 200
     return Image.fromarray(greys)
 
 
@@ -125,6 +125,22 @@ def test_images_without_an_edge_are_not_taken_for_others() -> None:
     for place, image in enumerate((Image.new("L", (9, 8), 255), spot, Image.new("L", (9, 8), 0))):
         assert seen.place(image.tobytes(), image) == (place, True)
     assert seen.place(spot.tobytes(), spot) == (1, False)
+
+
+def test_a_hash_of_hardly_any_edge_or_of_nothing_else_is_not_compared() -> None:
+    def card(text: str) -> Image.Image:
+        image = Image.new("RGB", (500, 500), "white")
+        ImageDraw.Draw(image).text((20, 20), text, "black")
+        return image
+
+    seen = Seen(Images(duplicate_bits=4))
+    cards = [card(f"Sale number {number}: {number * 7} cups") for number in range(4)]
+    rising = [Image.fromarray(np.tile(np.arange(0, 9 * step, step, dtype=np.uint8), (8, 1))) for step in (20, 28)]
+    assert all(0 < difference_hash(image).bit_count() < 8 for image in cards)
+    assert {difference_hash(image).bit_count() for image in rising} == {64}
+    for place, image in enumerate(cards + rising):
+        assert seen.place(image.tobytes(), image) == (place, True)
+    assert seen.place(cards[2].tobytes(), cards[2]) == (2, False)
 
 
 def test_where_repetitions_are_ignored_every_image_is_new() -> None:
@@ -180,6 +196,17 @@ def test_scores_are_the_probability_of_the_unwanted_class(tmp_path: Path) -> Non
     assert {each.reason for each in found} == {"nsfw", None}
 
 
+def test_of_several_unwanted_classes_the_probabilities_are_added(tmp_path: Path) -> None:
+    labels = ["drawings", "hentai", "neutral", "porn", "sexy"]
+    images = [noise(number) for number in range(4)]
+    for problem_type, activation in ((None, lambda logits: logits.softmax(1)),
+                                     ("multi_label_classification", torch.sigmoid)):
+        folder = save_vit(tmp_path, labels, problem_type)
+        expected = [min(1, row[1] + row[3] + row[4]) for row in probabilities(folder, images, activation)]
+        found = ImageScores(Images(nsfw=Nsfw(model=str(folder), label=["Hentai", "porn", "sexy"])), "cpu").look(images)
+        assert [each.scores["nsfw"] for each in found] == pytest.approx(expected, abs=1e-5)
+
+
 def test_the_first_reason_that_holds_is_given(tmp_path: Path) -> None:
     model = str(save_vit(tmp_path, ["nsfw", "watermarked"]))
     both = Images(nsfw=Nsfw(model=model, threshold=0), watermark=Watermark(model=model, threshold=0))
@@ -209,17 +236,20 @@ def test_classes_that_do_not_exclude_each_other_are_scored_alone(tmp_path: Path,
     ("watermark", ["No Watermark", "Watermark"], None, 1), ("watermark", ["clean", "watermarked"], None, 1),
     ("watermark", ["no", "yes"], None, 1), ("watermark", ["non-watermark", "watermark"], None, 1),
     ("nsfw", ["LABEL_0", "LABEL_1"], None, "it can't be told which class is nsfw: name one of 'LABEL_0', 'LABEL_1'"),
-    ("nsfw", ["porn", "nude", "normal"], None, "it can't be told which class is nsfw"),
+    ("nsfw", ["porn", "nude", "normal"], None, "several classes may be nsfw: name one of 'porn', 'nude', 'normal', or"),
+    ("nsfw", ["drawings", "hentai", "neutral", "porn", "sexy"], None, "several classes may be nsfw"),
+    ("nsfw", ["drawings", "hentai", "porn"], ["porn", "rude"], "there is no class 'rude'"),
+    ("nsfw", ["neutral", "low", "high"], [], "it can't be told which class is nsfw"),
     ("watermark", ["No Watermark", "not watermarked"], None, "it can't be told which class is watermark"),
     ("nsfw", ["normal", "nsfw"], "porn", "there is no class 'porn': name one of 'normal', 'nsfw'"),
 ])
-def test_the_unwanted_class_is_told_by_its_name(name: str, labels: list[str], label: str | None,
+def test_the_unwanted_class_is_told_by_its_name(name: str, labels: list[str], label: str | list[str] | None,
                                                 place: int | str) -> None:
     if isinstance(place, int):
-        assert unwanted_class(name, dict(enumerate(labels)), label) == place
+        assert unwanted_classes(name, dict(enumerate(labels)), label) == [place]
         return
     with pytest.raises(UserError, match=f"relabel.images.{name}.label: {place}"):
-        unwanted_class(name, dict(enumerate(labels)), label)
+        unwanted_classes(name, dict(enumerate(labels)), label)
 
 
 def test_classifiers_that_are_not_whole_or_not_safe_are_refused(tmp_path: Path) -> None:

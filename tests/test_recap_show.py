@@ -204,6 +204,14 @@ def test_the_page_needs_nothing_and_runs_nothing(hostile: str, tmp_path: Path) -
     assert text.count("aaaaa" * 100) >= 2  # all of the long word, after a click
 
 
+def test_a_page_that_cannot_be_written_is_one_clear_line(hostile: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for page in (tmp_path, tmp_path / "file" / "page.html"):
+        with pytest.raises(UserError, match=rf"cannot write {page} \([^()]+\): ") as caught:
+            show([hostile], page=page)
+        assert "\n" not in str(caught.value)
+
+
 def test_pictures_are_small_and_the_small_keep_their_pixels() -> None:
     one = sample("k", "x")
     one.members["jpg"] = picture(size=(3000, 1500))

@@ -1,22 +1,26 @@
 """A vision-language model behind an OpenAI-compatible server (vLLM, SGLang, `transformers serve`, …), for relabelling.
 
-What such a server answers is text from elsewhere: it is read up to a limit, and shown on one line.
+What such a server answers is text from elsewhere: it is read up to a limit, and shown on one line. An image that it
+does not caption has an empty caption, which a check finds; the others go on.
 """
 
 import base64
 import io
 import json
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 from PIL import Image
 
+from recap import progress
 from recap.captioners import Captioner
 from recap.captioners.text import Caption
 from recap.config import Draw, Style
 from recap.config.captioner import Captioner as CaptionerConfig
 from recap.errors import UserError
+from recap.image_filters import middle
 from recap.openai_api import CONNECT_TIMEOUT, client_options, request_headers, without_key
 from recap.sample import visible
 
@@ -30,6 +34,18 @@ MAX_ANSWER_BYTES = 1 << 20
 MAX_LETTERS_PER_TOKEN = 32
 """A caption that is longer than its tokens can be is cut."""
 JPEG_MAX_SIDE = 65_500
+OF_ONE_IMAGE = (400, 413, 422, 500)
+"""Statuses that an image may be the cause of: too large, too long, of a shape that the model can't read."""
+MAX_REFUSED, MAX_REFUSED_LATER = 8, 64
+"""Requests in a row that are given up before it is the server's fault; the fewer, where none was answered before."""
+
+
+class Refused(Exception):
+    """A request that no other is like; `kind` of reason, and what the server said."""
+
+    def __init__(self, kind: str, said: str = "") -> None:
+        super().__init__(f"{kind}: {said}" if said else kind)
+        self.kind = kind
 
 
 class Served(Captioner):
@@ -37,6 +53,11 @@ class Served(Captioner):
 
     def __init__(self, client: Any, server: str, model: str) -> None:
         self.client, self.server, self.model = client, server, model
+        self.lock = threading.Lock()
+        self.num_refused, self.ever_answered = 0, False
+        """The first of them in a row."""
+        self.told: set[str] = set()
+        """Kinds of refusal that the user knows of."""
 
     @classmethod
     def open(cls, config: CaptionerConfig) -> Self:
@@ -54,8 +75,8 @@ class Served(Captioner):
         return cls(client, server, config.model)
 
     def preprocess(self, images: list[Image.Image]) -> list[str]:
-        """RGB images → data URLs."""
-        return [_data_url(image) for image in images]
+        """RGB images → data URLs. Of one that is too long for a model its middle."""
+        return [_data_url(middle(image)) for image in images]
 
     def encode(self, pixels: list[str]) -> list[str]:
         """The same: the server encodes."""
@@ -64,23 +85,36 @@ class Served(Captioner):
     def caption(self, features: list[str], style: Style) -> list[Caption]:
         """Captions in the order of the images; a request for each, some of them at a time.
 
+        One that is refused for its image, or answered with what can't be read, has no text and has not ended.
+
         Raises:
-            UserError: the style asks for what a server can't do; or it can't be reached, or answers an error.
+            UserError: the style asks for what a server can't do; or it can't be reached, answers an error that no image
+                can be the cause of, or refuses too many in a row.
         """
         if style.num_beams > 1 or style.no_repeat_ngram_size:
             raise UserError("styles: a server decodes greedily: leave num_beams and no_repeat_ngram_size out, or name "
                             "the model itself instead of captioner.server")
         with ThreadPoolExecutor(MAX_REQUESTS) as pool:
-            answers = [pool.submit(self._ask, url, style) for url in features]
+            answers = [pool.submit(self._ask, url, style, place) for place, url in enumerate(features)]
             try:
                 return [answer.result() for answer in answers]
             finally:  # after an error, none of those that wait is sent
                 for answer in answers:
                     answer.cancel()
 
-    def _ask(self, url: str, style: Style) -> Caption:
+    def _ask(self, url: str, style: Style, place: int) -> Caption:
+        try:
+            caption = self._send(url, style, place)
+        except Refused as refused:
+            return self._give_up(refused)
+        with self.lock:
+            self.num_refused, self.ever_answered = 0, True
+        return caption
+
+    def _send(self, url: str, style: Style, place: int) -> Caption:
         import openai
-        lot = {"temperature": style.temperature, "seed": style.seed} if isinstance(style, Draw) else {"temperature": 0}
+        lot = {"temperature": style.temperature, "seed": style.seeds[place]} if isinstance(style, Draw) else {
+            "temperature": 0}
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": style.prompt}]
         try:
             with self.client.chat.completions.with_streaming_response.create(
@@ -88,20 +122,38 @@ class Served(Captioner):
                     max_tokens=style.max_new_tokens, extra_headers=request_headers()) as response:
                 return _caption(_read(response), style)
         except openai.APIStatusError as error:
+            if error.status_code in OF_ONE_IMAGE:
+                raise Refused(f"answered {error.status_code}", error.message) from None
             raise self._failure(f"answered {error.status_code}: {error.message}",
                                 f"check that it serves {self.model}, and images") from None
         except (openai.APIConnectionError, OSError) as error:
             raise self._failure(f"can't be reached, or does not answer: {error}", "check that it runs there") from None
         except (openai.OpenAIError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise self._failure(f"gives no chat completion: {error}", "check captioner.server") from None
+            raise Refused("gives no chat completion", str(error)) from None
         except Exception as error:  # the HTTP library's own, while the answer is read; it has changed its name before
             if not type(error).__module__.startswith("http"):
                 raise
             raise self._failure(f"broke off: {error}", "run the same command again") from None
 
+    def _give_up(self, refused: Refused) -> Caption:
+        """No caption of one image, unless it is all images that are refused."""
+        with self.lock:
+            self.num_refused += 1
+            is_hopeless = self.num_refused >= (MAX_REFUSED_LATER if self.ever_answered else MAX_REFUSED)
+            is_new = refused.kind not in self.told
+            self.told.add(refused.kind)
+        if is_hopeless:
+            raise self._failure(str(refused), f"that was request {self.num_refused} in a row that it did not caption: "
+                                              f"check captioner.server, and that it serves {self.model}, and images")
+        if is_new:
+            progress.warn(f"{self._said(str(refused))}; that image has no caption, and others that fare so have none")
+        return Caption("", False)
+
     def _failure(self, what: str, advice: str) -> UserError:
-        said = visible(without_key(what))[:300]
-        return UserError(f"captioner.server: {self.server} {said}; {advice}")
+        return UserError(f"{self._said(what)}; {advice}")
+
+    def _said(self, what: str) -> str:
+        return f"captioner.server: {self.server} {visible(without_key(what))[:300]}"
 
 
 def _data_url(image: Image.Image) -> str:
@@ -123,6 +175,8 @@ def _read(response: Any) -> dict[str, Any]:
 
 
 def _caption(choice: dict[str, Any], style: Style) -> Caption:
+    if choice.get("finish_reason") == "content_filter":
+        raise Refused("filters what it says")
     said = choice["message"].get("content") or ""
     limit = style.max_new_tokens * MAX_LETTERS_PER_TOKEN
     return Caption(visible(str(said)[:limit]), choice.get("finish_reason") == "stop" and len(said) <= limit)

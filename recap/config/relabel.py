@@ -8,7 +8,8 @@ from recap.config import Model, Table
 
 Action = Literal["flag", "resample", "alt", "drop"]
 """What happens to a caption that a check finds at fault: `flag` keeps it and says so in `KEY.recap.json`; `resample`
-draws it anew, a few times; `alt` puts the alt-text in its place; `drop` quarantines the sample."""
+draws it anew, a few times; `alt` puts the alt-text in its place, if that is a text, and CLIP does not prefer the
+caption; `drop` quarantines the sample."""
 
 LENGTHS = {"short": (2, 30), "long": (5, 100), "rich": (5, 300)}
 """Style → the fewest and the most words of a caption."""
@@ -21,7 +22,7 @@ class ClipCheck(Model):
 
     model: str = "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
     """An open_clip model: `hf-hub:ID`, or a folder with `open_clip_config.json` and safetensors weights."""
-    threshold: float | None = None
+    threshold: float | None = Field(None, allow_inf_nan=False)
     """Cosine × 100 below which a caption is at fault. Without it, and without `above_alt`, captions are only scored."""
     above_alt: bool = False
     """Whether a caption that scores less than the alt-text is at fault."""
@@ -50,9 +51,11 @@ class Checks(Table):
     leaked_prompt: Action = "flag"
     """Holds the style's prompt, a question's or an answer's mark, or speaks to or of a model."""
     non_text: Action = "flag"
-    """Mostly what no sentence is made of: markup, addresses, symbols, replacement characters."""
+    """Mostly what no sentence is made of: markup, addresses, symbols, replacement characters. Or anywhere what programs
+    leave: a tokenizer's `[UNK]` and `▁`, a detector's coordinates."""
     words: dict[str, tuple[int, int]] = LENGTHS
-    """Style → the fewest and the most words; other styles may have 1 to 300."""
+    """Style → the fewest and the most words; `short`, `long` and `rich` keep theirs where they are not named. Other
+    styles may have 1 to 300."""
     clip_score: ClipCheck | None = None
     objects: ObjectCheck | None = None
     max_resamples: int = Field(2, ge=1, le=16)
@@ -64,20 +67,21 @@ class Checks(Table):
 
     @field_validator("words")
     @classmethod
-    def _fewest_comes_first(cls, words: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    def _all_lengths(cls, words: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """The lengths that hold: those that are given, in place of the known ones."""
         for style, (fewest, most) in words.items():
             if fewest > most:
                 raise ValueError(f"{style}: {fewest} to {most} words: write the fewest first")
-        return words
+        return LENGTHS | words
 
 
 class Scorer(Model):
     """An image classifier of transformers; what it is sure of is dropped."""
 
-    label: str | None = None
-    """Of its classes, the one that is unwanted; by default the one whose name says so."""
+    label: str | list[str] | None = None
+    """Of its classes, the one that is unwanted, or several; by default the one whose name says so, if just one does."""
     threshold: float = Field(0.5, ge=0, le=1)
-    """The probability of that class from which on an image is dropped."""
+    """The probability of that class, or of those together, from which on an image is dropped."""
 
 
 class Nsfw(Scorer):
@@ -97,7 +101,7 @@ class Aesthetic(Model):
     head: str
     """The head's file, safetensors or `.pth`: `sa_0_4_vit_l_14_linear.pth` of LAION-AI/aesthetic-predictor, or
     `sac+logos+ava1-l14-linearMSE.pth` of christophschuhmann/improved-aesthetic-predictor."""
-    threshold: float
+    threshold: float = Field(allow_inf_nan=False)
     """The score, about 1 to 10, below which an image is dropped."""
 
 
@@ -113,7 +117,7 @@ class Images(Table):
     duplicate_bits: int | None = Field(None, ge=0, le=16)
     """By default an image is repeated when its file has the same bytes. With a number: when at most so many bits of a
     64-bit difference hash differ, so that a resized or recompressed copy counts as well; 4 is usual. The hash knows
-    light and dark alone, so that drawings on an even ground are soon alike to it."""
+    light and dark alone, so that drawings on an even ground are soon alike to it; with hardly an edge, none is."""
     nsfw: Nsfw | None = None
     watermark: Watermark | None = None
     aesthetic: Aesthetic | None = None
@@ -144,6 +148,12 @@ class Relabel(Table):
     """`local`: this machine's devices, or torchrun's or Slurm's ranks. `ray`: a Ray cluster."""
     workers: int | None = Field(None, ge=1)
     """Processes; by default one for each GPU, else one."""
+
+    @field_validator("output")
+    @classmethod
+    def _one_form(cls, output: str | None) -> str | None:
+        """Of a folder's name: with a slash at its end, storages would take it for another."""
+        return output if output is None else output.removeprefix("file://").rstrip("/") or "/"
 
     def own(self) -> dict[str, object]:
         """What the captions depend on: all but where the work is done, and where it goes."""

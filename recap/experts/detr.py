@@ -5,8 +5,9 @@ from typing import Any
 import torch
 
 from recap.config.stitch import Stitch
+from recap.errors import UserError
 from recap.experts import View
-from recap.experts.checkpoint import provenance
+from recap.experts.checkpoint import open_model, provenance
 from recap.facts import Facts, Object, clip
 from recap.pretrained import load_pretrained
 
@@ -20,17 +21,16 @@ class DetrExpert:
 
     def __init__(self, config: Stitch, device: str) -> None:
         from transformers import AutoImageProcessor, DetrForObjectDetection
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         ref = config.detr
         self.provenance: dict[str, Any] = provenance(ref, WHERE)
         self.threshold = ref.threshold
-        self.processor: Any = load_pretrained(AutoImageProcessor.from_pretrained, ref, WHERE)
         # transformers opens a timm backbone untrained and fills it from the same checkpoint: nothing else is fetched.
-        model: Any = load_pretrained(DetrForObjectDetection.from_pretrained, ref, WHERE, use_safetensors=True,
-                                     dtype=torch.float32)
-        self.model = model.to(device).eval()
+        self.model: Any = open_model(DetrForObjectDetection, ref, device, WHERE)
+        self.processor: Any = load_pretrained(AutoImageProcessor.from_pretrained, ref, WHERE, trust_remote_code=False)
+        if not hasattr(self.processor, "post_process_object_detection"):
+            raise UserError(f"{WHERE}.model: the {type(self.processor).__name__} of {ref.model} makes no boxes: take "
+                            "preprocessor_config.json from the checkpoint that the weights are of")
 
     def preprocess(self, views: list[View]) -> tuple[list[tuple[int, int]], Any]:
         """Heights and widths, and the resized and normalised pixels."""
