@@ -19,6 +19,8 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_IMAGE_PIXELS = 100_000_000
 MAX_TEXT_BYTES = 100_000
+MAX_JSON_BYTES = 2**20
+"""Of metadata; parsed, they take some twenty times as much memory."""
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
 
@@ -73,8 +75,11 @@ class Sample:
     @property
     def metadata(self) -> dict[str, Any]:
         """The content of `KEY.json`; empty where there is none. `BadSample` where it is not a JSON object."""
+        data = self.member("json") or b"{}"
+        if len(data) > MAX_JSON_BYTES:
+            raise BadSample("oversized_metadata", f"{len(data):,} bytes in the metadata")
         try:
-            found = json.loads(self.member("json") or b"{}")
+            found = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise BadSample("bad_metadata", str(error)) from error
         if not isinstance(found, dict):
@@ -107,7 +112,7 @@ def decode_text(data: bytes, kind: str = "caption") -> str:
         raise BadSample(f"binary_{name}", f"the {kind} text is not UTF-8 at byte {error.start}") from error
     if "\x00" in text:
         raise BadSample(f"binary_{name}", f"a NUL byte in the {kind} text")
-    return " ".join(text.split()).strip(INVISIBLE)
+    return " ".join(text.split()).strip(f"{INVISIBLE} ")
 
 
 def visible(text: str) -> str:

@@ -34,6 +34,11 @@ from recap.storage import (
 )
 
 MAX_MEMBER_BYTES = 256 * 2**20
+"""Of a member, and of all members of a sample, which the memory holds."""
+MAX_HEADER_BYTES = 2**20
+"""Of what a tar says of a member beside its 512 bytes: long names, pax headers."""
+MAX_COUNTED = 64
+"""Shards whose headers are read for a bar."""
 LISTS = (".txt", ".list")
 """How the name of a list of shards ends."""
 # As webdataset splits names: the key ends at the first dot of the file's own name.
@@ -88,7 +93,7 @@ def expand_files(patterns: list[str], where: str) -> list[str]:
 def _lines(name: str, where: str) -> list[str]:
     """The shards that a list names; lines that begin with # are remarks."""
     try:
-        text = read_bytes(name).decode()
+        text = read_bytes(name).decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{where}: no list of shards at {name}: check the path") from None
     except UnicodeDecodeError:
@@ -118,8 +123,9 @@ def _source(name: str, pattern: str) -> str:
 
 
 def shard_name(url: str) -> str:
-    """`s3://bucket/00000.tar` → `00000`."""
-    return PurePosixPath(url).name.removesuffix(".tar")
+    """`s3://bucket/00000.tar` → `00000`; what a web address has after a `?` is not of the name."""
+    path = url.partition("?")[0] if url.startswith(("http://", "https://")) else url
+    return PurePosixPath(path).name.removesuffix(".tar")
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -132,14 +138,15 @@ def read_shard(url: str, rejects: list[Reject]) -> Iterator[Sample]:
     """
     shard = shard_name(url)
     seen: set[str] = set()
-    key, members, offsets, faults = "", {}, {}, []  # type: str, dict[str, bytes], dict[str, int], list[tuple[str, str]]
+    key: str | None = None
+    members, offsets, faults = {}, {}, []  # type: dict[str, bytes], dict[str, int], list[tuple[str, str]]
 
-    def finish() -> Iterator[Sample]:
+    def finish(key: str) -> Iterator[Sample]:
         if key in seen:
             rejects.append(Reject(shard, key, "duplicate_key"))
         elif faults:
             rejects.append(Reject(shard, key, *faults[0]))
-        elif key:
+        else:
             yield Sample(shard, key, members, offsets)
         seen.add(key)
 
@@ -147,28 +154,37 @@ def read_shard(url: str, rejects: list[Reject]) -> Iterator[Sample]:
         found = KEY_AND_EXTENSION.match(name)
         member_key, extension = (found[1], found[2]) if found else (name, "")
         if member_key != key:
-            if key:
-                yield from finish()
+            if key is not None:
+                yield from finish(key)
             key, members, offsets, faults = member_key, {}, {}, []
-        fault = fault or _name_fault(name, extension, members)
+        fault = fault or _name_fault(name, extension, members) or _size_fault(content, members)
         if fault:
             faults.append(fault)
+            members.clear()  # nobody will read them
         else:
             members[extension], offsets[extension] = content, offset
-    if key:
-        yield from finish()
+    if key is not None:
+        yield from finish(key)
 
 
 def count_images(urls: list[str]) -> int | None:
-    """About how many samples the shards hold, for a bar: from local tars' headers. None where one is remote."""
+    """About how many samples the shards hold, for a bar. None where one is remote.
+
+    From local tars' headers; of more than MAX_COUNTED shards, by their sizes, from so many of them.
+    """
     if not all(map(is_local, urls)):
         return None
-    return sum(map(_count_keys, urls))
+    step = -(-len(urls) // MAX_COUNTED)
+    counted = urls[::step or 1]
+    found = sum(map(_count_keys, counted))
+    if step <= 1:
+        return found
+    return round(found * sum(map(os.path.getsize, urls)) / max(1, sum(map(os.path.getsize, counted))))
 
 
 def _count_keys(path: str) -> int:
     try:
-        with tarfile.open(path) as tar:  # jumps from header to header, reads no content
+        with tarfile.open(path, tarinfo=_Member) as tar:  # jumps from header to header, reads no content
             keys = set()
             for info in tar:
                 if info.size < 0:  # tarfile would read the same header for ever
@@ -192,29 +208,37 @@ def _name_fault(name: str, extension: str, members: dict[str, bytes]) -> tuple[s
     return None
 
 
+def _size_fault(content: bytes, members: dict[str, bytes]) -> tuple[str, str] | None:
+    size = len(content) + sum(map(len, members.values()))
+    return ("oversized_sample", f"over {MAX_MEMBER_BYTES:,} bytes in all") if size > MAX_MEMBER_BYTES else None
+
+
 def _read_members(url: str) -> Iterator[tuple[str, bytes, int, tuple[str, str] | None]]:
     """Yield (name, content, where in the file it begins, fault) for every member that is not a folder."""
-    name = ""
+    name, end = "", 0
     try:
         with open_read(url) as file:
             stream = _Tail(file)
             try:
                 # A block at a time, so that what follows the end-of-archive mark is still there to be seen.
-                with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", bufsize=tarfile.BLOCKSIZE) as tar:
+                with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r|", bufsize=tarfile.BLOCKSIZE,
+                                  tarinfo=_Member) as tar:
                     for info in tar:
                         if info.size < 0:
                             raise tarfile.ReadError(f"a member of {info.size} bytes")
-                        name = info.name
+                        has_content = info.isfile() and not info.issparse()
+                        name, end = info.name, info.offset_data + (info.size if has_content else 0)
                         if info.isdir() or PurePosixPath(name).name.startswith("._"):  # what macOS adds to every file
                             continue
-                        if not info.isfile() or info.issparse():
+                        if not has_content:
                             yield name, b"", 0, ("not_a_file", "a link, a device or a sparse file")
                         elif info.size > MAX_MEMBER_BYTES:
                             yield name, b"", 0, ("oversized_member", f"{info.size:,} bytes in {name}")
                         else:
                             content = cast(IO[bytes], tar.extractfile(info)).read()
                             yield name, content, info.offset_data, None
-                if any(stream.last):  # tarfile takes a damaged header, and the end of the file, for the end of the tar
+                # tarfile takes a damaged header, and the end of the file, for the end of the tar.
+                if any(stream.last) or stream.position < end + tarfile.BLOCKSIZE:
                     raise tarfile.ReadError("no end-of-archive mark")
                 if stream.has_more():
                     raise tarfile.ReadError("more data after the end-of-archive mark")
@@ -225,6 +249,16 @@ def _read_members(url: str) -> Iterator[tuple[str, bytes, int, tuple[str, str] |
                 yield name or shard_name(url), b"", 0, fault
     except FileNotFoundError:
         raise UserError(f"no shard at {url}: it was there when the run began; put it back and run again") from None
+
+
+class _Member(tarfile.TarInfo):
+    """A header; one with more to say than memory should hold is damage."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE,
+                         tarfile.SOLARIS_XHDTYPE) and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
 
 
 class _Tail:

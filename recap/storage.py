@@ -6,6 +6,7 @@ again, a bounded number of times, and so far as it has not been answered. What i
 
 import errno
 import functools
+import io
 import json
 import os
 import random
@@ -158,7 +159,7 @@ os.register_at_fork(after_in_child=_file_system.cache_clear)  # its connections 
 
 
 def names(folder: str) -> set[str]:
-    """Of the files and folders in a folder; none where there is no such folder."""
+    """Of the files and folders in a folder; none where there is no such folder. UserError where it is a file."""
     try:
         if is_local(folder):
             return {path.name for path in Path(folder).iterdir()}
@@ -167,6 +168,8 @@ def names(folder: str) -> set[str]:
         return {PurePosixPath(name).name for name in listed}
     except FileNotFoundError:
         return set()
+    except NotADirectoryError:
+        raise UserError(f"{folder} is no folder: choose another, or move the file that is there") from None
 
 
 def identities(urls: Iterable[str]) -> dict[str, Identity]:
@@ -243,6 +246,14 @@ def read_bytes(url: str) -> bytes:
     fs, path = _opened(url)
     content: bytes = _patiently("read", url, lambda: fs.cat_file(path))
     return content
+
+
+def open_seekable(url: str) -> IO[bytes]:
+    """A file, to be read in any order, and closed; a remote one is held in the memory. FileNotFoundError as before."""
+    if is_local(url):
+        return open(url, "rb")
+    with Remote(url) as file:
+        return io.BytesIO(file.read())
 
 
 def open_read(url: str) -> "IO[bytes] | Remote":
@@ -375,24 +386,47 @@ def temporary(url: str) -> Path:
     if url.startswith("http"):
         raise UserError(f"{url}: nothing can be written to the web: give a folder, s3://… or gs://…")
     _opened(url)  # what is wrong with it is said now
-    return Path(tempfile.mkdtemp(prefix="recap-")) / PurePosixPath(url).name
+    return Path(tempfile.mkdtemp(prefix=f"recap-{_node()}-{os.getpid()}-")) / PurePosixPath(url).name
 
 
 def publish(path: Path, url: str) -> None:
-    """Give what was built its final name: a rename, or one put to remote storage."""
+    """Give what was built its final name: a rename, or one put to remote storage.
+
+    Raises:
+        UserError: there is a folder of that name, or no bucket; or writing has failed too often.
+    """
     if is_local(url):
         _sync(path)
-        os.replace(path, url)
+        try:
+            os.replace(path, url)
+        except (IsADirectoryError, NotADirectoryError) as error:
+            raise UserError(f"cannot write {url} ({error.strerror}): move what is there, or choose another "
+                            "folder") from error
         _sync(Path(url).parent)
         return
     fs, target = _opened(url)
 
     def put() -> None:
-        fs.put_file(str(path), target)
+        try:
+            fs.put_file(str(path), target)
+        except FileNotFoundError as error:
+            if "upload" not in str(error):
+                raise
+            raise EOFError(f"the upload was lost ({error})") from error  # or its end was heard, and not confirmed
         if (size := fs.info(target)["size"]) != path.stat().st_size:
             raise EOFError(f"{size:,} of {path.stat().st_size:,} bytes arrived")
 
-    _patiently("write", url, put, LONG_STALL)
+    try:
+        _patiently("write", url, put, LONG_STALL)
+    except FileNotFoundError as error:
+        raise UserError(f"cannot write {url} ({_said(error)}): check the bucket's name") from error
+
+
+def check_writable(folder: str) -> None:
+    """UserError, or what the system says, where nothing can be written to a folder or URL."""
+    url = f"{folder}/.written"
+    write_bytes(url, b"recap")
+    remove(url)
 
 
 @contextmanager
@@ -418,13 +452,13 @@ def discard(path: Path, url: str) -> None:
 
 
 def clean(folder: str) -> None:
-    """Remove what killed processes of this machine have left half built in a local folder."""
-    if not is_local(folder):
-        return
-    for name in names(folder):
-        found = re.fullmatch(rf"\..*\.{_node()}-([0-9]+)\.tmp", name)
+    """Remove what killed processes of this machine have left half built in a folder, or for a URL."""
+    where, pattern = (Path(folder), rf"\..*\.{_node()}-([0-9]+)\.tmp") if is_local(folder) else \
+        (Path(tempfile.gettempdir()), rf"recap-{_node()}-([0-9]+)-.*")
+    for name in names(str(where)):
+        found = re.fullmatch(pattern, name)
         if found and (int(found[1]) == os.getpid() or not _is_running(int(found[1]))):
-            discard(Path(folder) / name, folder)
+            discard(where / name, str(where))
 
 
 def _is_running(process: int) -> bool:
@@ -439,8 +473,11 @@ def _is_running(process: int) -> bool:
 
 @functools.cache
 def _node() -> str:
-    """What names this machine, among those that share a disk."""
-    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+    """What names this machine, or container, among those that share a disk."""
+    processes = ""
+    with suppress(OSError):  # no Linux
+        processes = str(Path("/proc/self/ns/pid").readlink())
+    return f"{zlib.crc32((socket.gethostname() + processes).encode()):08x}"
 
 
 def _sync(path: Path) -> None:

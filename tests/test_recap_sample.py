@@ -111,6 +111,7 @@ def test_text_that_is_not_text_is_rejected(data: bytes, reason: str) -> None:
     ({"png": encoded(Image.new("RGB", (4, 4))), "txt": b" \n"}, "empty_alt_text"),
     ({"png": encoded(Image.new("RGB", (4, 4))), "txt": b"a cat", "json": b"[1]"}, "bad_metadata"),
     ({"png": encoded(Image.new("RGB", (4, 4))), "txt": b"a cat", "json": b"{" * 100_000}, "bad_metadata"),
+    ({"png": encoded(Image.new("RGB", (4, 4))), "txt": b"a cat", "json": b"[" + b"1," * 2**20}, "oversized_metadata"),
 ])
 def test_a_bad_sample_says_why(members: dict[str, bytes], reason: str) -> None:
     with pytest.raises(BadSample) as caught:

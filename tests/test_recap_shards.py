@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recap import shards
 from recap.errors import UserError
 from recap.sample import Sample
 from recap.shards import Reject, ShardWriter, count_images, expand, read_shard
@@ -134,16 +135,63 @@ END = bytes(1024)
     header(b"2.jpg", b"\xff" + (-512).to_bytes(11, "big", signed=True)) + END,  # negative: the same header for ever
     header(b"2.jpg", b"\x80" + (2**70).to_bytes(11, "big")) + END,
     header(b"x", b"\x80" + (2**62).to_bytes(11, "big"), b"x") + END,
+    header(b"x", b"%011o\0" % (2**21), b"x") + bytes(2**21) + END,
+    header(b"x", b"%011o\0" % (2**21), b"L") + b"y" * 2**21 + END,
     (header(b"././@LongLink", b"%011o\0" % 3, b"L") + b"ab\0".ljust(512, b"\0")) * 3000 + END,
     b"\x01" * 512 + GOOD + END,  # a damaged header, where tarfile stops in silence
     END + GOOD + END,  # data after the end-of-archive mark
-], ids=["negative", "huge", "huge-pax", "long-chain", "damaged", "after-the-end"])
+], ids=["negative", "huge", "huge-pax", "large-pax", "large-name", "long-chain", "damaged", "after-the-end"])
 def test_a_hostile_shard_ends_and_says_that_something_is_missing(tmp_path: Path, rest: bytes) -> None:
     (tmp_path / "0.tar").write_bytes(header(b"0.jpg", b"%011o\0" % 3) + b"abc".ljust(512, b"\0") + GOOD + rest)
     samples, rejects = read(tmp_path / "0.tar")
     assert samples[0].key == "0" and len(rejects) == 1
     assert rejects[0].reason in ("truncated_shard", "oversized_member")
     assert isinstance(count_images([str(tmp_path / "0.tar")]), int)
+
+
+def test_a_cut_after_a_member_that_ends_in_zeros_is_seen(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "0.tar", [("1.npy", b"x" + bytes(2000)), ("2.npy", b"x" + bytes(2000))])
+    path.write_bytes(path.read_bytes()[:512 + 2048])
+    samples, rejects = read(path)
+    assert [sample.key for sample in samples] == [] and [each.reason for each in rejects] == ["truncated_shard"]
+    path.write_bytes(path.read_bytes() + bytes(512))
+    assert [sample.key for sample in read(path)[0]] == ["1"] and not read(path)[1]
+
+
+def test_a_member_without_a_name_is_accounted_for(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "0.tar", [("1.jpg", b"x"), ("", b"y"), ("2.jpg", b"z")])
+    samples, rejects = read(path)
+    assert [sample.key for sample in samples] == ["1", "2"]
+    assert [(each.key, each.reason) for each in rejects] == [("", "no_extension")]
+
+
+def test_a_sample_too_large_for_the_memory_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MAX_MEMBER_BYTES", 1000)
+    path = make_tar(tmp_path / "0.tar", [(f"1.{place}", bytes(400)) for place in range(4)] + [("2.jpg", b"x")])
+    assert [sample.key for sample in read(path)[0]] == ["2"]
+    assert reasons(path) == [("1", "oversized_sample")]
+
+
+def test_images_of_many_shards_are_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [str(make_tar(tmp_path / f"{place}.tar", [(f"{key}.jpg", bytes(900)) for key in range(50)]))
+             for place in range(10)]
+    assert count_images(paths) == 500 and count_images([]) == 0
+    monkeypatch.setattr(shards, "MAX_COUNTED", 3)
+    counted: list[str] = []
+    count = shards._count_keys
+    monkeypatch.setattr(shards, "_count_keys", lambda path: counted.append(path) or count(path))
+    assert count_images(paths) == 500 and len(counted) == 3
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    make_tar(tmp_path / "0.tar", [])
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + str(tmp_path / "0.tar").encode())
+    assert expand(str(tmp_path / "list.txt")) == [str(tmp_path / "0.tar")]
+
+
+def test_a_name_is_what_comes_before_a_query() -> None:
+    assert shards.shard_name("https://x.org/a/00000.tar?X-Amz-Signature=" + "f" * 500) == "00000"
+    assert shards.shard_name("/a/what?.tar") == "what?"
 
 
 def test_what_macos_adds_to_a_tar_is_passed_over(tmp_path: Path) -> None:

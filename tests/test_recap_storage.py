@@ -2,6 +2,7 @@
 
 import functools
 import http.client
+import io
 import json
 import os
 import re
@@ -278,6 +279,32 @@ def test_what_arrives_in_part_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> 
         storage.write_bytes("unreliable://sent", b"0123456789")
 
 
+def test_an_upload_whose_end_was_not_confirmed_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As S3 answers to the end of an upload in parts that it has heard of before."""
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    put, faults = Unreliable.put_file, [FileNotFoundError("The specified multipart upload does not exist.")]
+
+    def once_lost(self: Unreliable, *paths: str, **options: Any) -> None:
+        put(self, *paths, **options)
+        if faults:
+            raise faults.pop()
+
+    monkeypatch.setattr(Unreliable, "put_file", once_lost)
+    storage.write_bytes("unreliable://whole", b"0123456789")
+    assert fsspec.filesystem("memory").cat_file("/whole") == b"0123456789" and not faults
+
+
+def test_a_table_is_read_in_any_order_through_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("unreliable", Unreliable, clobber=True)
+    fsspec.filesystem("memory").pipe_file("/content", CONTENT)
+    Unreliable.plan = ["error", 100, "error"]
+    with storage.open_seekable("unreliable://content") as file:
+        file.seek(-10, io.SEEK_END)
+        assert file.read() == CONTENT[-10:]
+        file.seek(0)
+        assert file.read() == CONTENT
+
+
 def test_what_never_works_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.register_implementation("unreliable", Unreliable, clobber=True)
     fsspec.filesystem("memory").pipe_file("/content", b"x" * 100)
@@ -481,6 +508,35 @@ def test_a_shard_goes_to_s3_and_comes_back(troubled: Faulty, monkeypatch: pytest
             writer.write(sample)
     found = list(read_shard("s3://recap/out/00000.tar", rejects := []))
     assert {each.key: each.members for each in found} == {each.key: each.members for each in samples} and not rejects
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_line(bucket: str, tmp_path: Path) -> None:
+    storage.check_writable(f"{bucket}/fresh")
+    storage.check_writable(str(tmp_path / "new"))
+    assert storage.names(f"{bucket}/fresh") == set() == storage.names(str(tmp_path / "new"))
+    with pytest.raises(UserError, match=r"cannot write s3://no-such-bucket/.*: check the bucket's name"):
+        storage.check_writable("s3://no-such-bucket/out")
+    (tmp_path / "00000.tar").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*00000\.tar \(Is a directory\): move what is there"):
+        storage.write_bytes(str(tmp_path / "00000.tar"), b"")
+    (tmp_path / "file").write_bytes(b"")
+    for ask in (storage.names, storage.check_writable):
+        with pytest.raises((UserError, OSError), match="file"):
+            ask(str(tmp_path / "file"))
+
+
+def test_what_killed_processes_built_for_a_bucket_is_removed(bucket: str, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = storage.temporary(f"{bucket}/00000.tar").parent
+    gone = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-"))
+    running = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-"))
+    for folder in (gone, running):
+        folder.mkdir()
+        (folder / "00000.tar").write_bytes(b"x")
+    (tmp_path / "recap-plan-x").mkdir()
+    storage.clean(bucket)
+    assert set(tmp_path.iterdir()) == {running, tmp_path / "recap-plan-x"}
 
 
 def test_nothing_is_left_behind_after_an_error(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
