@@ -1,7 +1,8 @@
 """Captions without their images: a parquet for each shard, keyed like it, for data sets too large to copy.
 
-Columns, all of text: `key`; `sha256`, of the encoded image, so that a join can be checked; one for each caption style;
-and `recap`, which is `KEY.recap.json`. What is written is deterministic, so equal samples give equal bytes.
+Columns, all of text: `key`; `sha256`, of the encoded image, so that a join can be checked; one for each caption style
+and for the mix; and `recap`, which is `KEY.recap.json`. Captions that came with the shard are to be had there. What is
+written is deterministic, so equal samples give equal bytes.
 """
 
 import hashlib
@@ -11,12 +12,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import fsspec
-
 from recap.errors import BadSample, UserError
 from recap.sample import MAX_TEXT_BYTES, Sample, caption_extension
 from recap.shards import shard_name
-from recap.storage import discard, publish, temporary
+from recap.storage import discard, open_seekable, publish, temporary
 
 ROWS, BYTES = 10_000, 64 * 2**20
 """Rows, and bytes of text, of a row group, which is what the memory holds."""
@@ -43,23 +42,25 @@ def image_hash(sample: Sample) -> str:
 class TableWriter:
     """Write a table under a temporary name; leaving the `with` block without an error gives it its final one."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self._temporary = temporary(url)
-        self._styles: set[str] = set()
-        """Of all rows so far; the file may lack those of the group that is not written yet."""
+    def __init__(self, url: str, styles: Iterable[str]) -> None:
+        """Begin a table.
+
+        Args:
+            url: of the file.
+            styles: that become columns, in every shard the same, so that all of them make one data set.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        self.url, self.styles = url, sorted(styles)
         self._rows: list[dict[str, str]] = []
         self._num_bytes = 0
-        self._file: Any = None
-        """A `pyarrow.parquet.ParquetWriter`, opened when the columns are known."""
+        columns = ["key", "sha256", *self.styles, "recap"]
+        self._temporary = temporary(url)
+        self._file = pq.ParquetWriter(self._temporary, pa.schema([(name, pa.string()) for name in columns]),
+                                      compression="zstd")
 
     def write(self, sample: Sample) -> None:
-        captions = dict(_captions(sample))
-        self._styles |= captions.keys()
-        if len(self._styles) > MAX_STYLES:
-            raise UserError(f"relabel: {sample.shard} has captions of over {MAX_STYLES} styles, which are too many "
-                            "columns for a parquet: leave that shard out, or set relabel.format=shards")
-        row = {"key": sample.key, "sha256": image_hash(sample), **captions}
+        row = {"key": sample.key, "sha256": image_hash(sample), **dict(_captions(sample, self.styles))}
         if (record := sample.members.get("recap.json")) is not None:
             row["recap"] = record.decode()
         self._rows.append(row)
@@ -69,27 +70,9 @@ class TableWriter:
 
     def _end_group(self) -> None:
         import pyarrow as pa
-        columns = ["key", "sha256", *sorted(self._styles), "recap"]
-        if self._file is None or self._file.schema.names != columns:
-            self._begin(pa.schema([(name, pa.string()) for name in columns]))
         if self._rows:
             self._file.write_table(pa.Table.from_pylist(self._rows, self._file.schema))
         self._rows, self._num_bytes = [], 0
-
-    def _begin(self, schema: Any) -> None:
-        """Begin the file; or begin it anew with more columns, which are empty in the rows that it held."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-        if self._file is None:
-            self._file = pq.ParquetWriter(self._temporary, schema, compression="zstd")
-            return
-        self._file.close()
-        with open(self._temporary, "rb") as file:
-            self._temporary.unlink()  # open as it is, it can still be read
-            self._file = pq.ParquetWriter(self._temporary, schema, compression="zstd")
-            before = pq.ParquetFile(file)
-            for group in range(before.num_row_groups):
-                self._file.write_table(pa.Table.from_pylist(before.read_row_group(group).to_pylist(), schema))
 
     def __enter__(self) -> Self:
         return self
@@ -99,25 +82,21 @@ class TableWriter:
         try:
             if kind is None:
                 self._end_group()
-            if self._file is not None:
-                self._file.close()
+            self._file.close()
             if kind is None:
                 publish(self._temporary, self.url)
         finally:
             discard(self._temporary, self.url)
 
 
-def _captions(sample: Sample) -> Iterator[tuple[str, str]]:
-    """Style → caption. One that is no text came with the shard, and is to be had there."""
-    for name, content in sample.members.items():
-        found = STYLE.fullmatch(name)
-        if not found or len(content) > MAX_TEXT_BYTES:
+def _captions(sample: Sample, styles: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Style → caption. A mix of one that came with the shard and is no text is left there."""
+    for style in styles:
+        content = sample.members.get(caption_extension(style))
+        if content is None or len(content) > MAX_TEXT_BYTES:
             continue
-        if found[1] in (*OWN, "alt"):
-            raise UserError(f"relabel: {sample.uid} has a caption style {found[1]!r}, whose column in a parquet is for "
-                            "something else: rename the style, or set relabel.format=shards")
         try:
-            yield found[1], content.decode()
+            yield style, content.decode()
         except UnicodeDecodeError:
             continue
 
@@ -155,7 +134,7 @@ def read_rows(url: str, styles: Iterable[str] | None = None) -> Iterator[tuple[s
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
-        with fsspec.open(url, "rb") as file:
+        with open_seekable(url) as file:
             metadata = pq.read_metadata(file)
             columns = _columns(metadata, styles)
             # A text is then held once, however often a file of a few bytes repeats it.

@@ -134,8 +134,7 @@ def verify(config: ConfigFile, overrides: Overrides = None) -> None:
     from recap.verify import run
     exp = load(config, overrides or [], pipeline.Experiment)
     plan = pipeline.Plan(exp)
-    print(run(plan.relabel_inputs.urls, plan.relabel_output, exp.relabel.format, list(exp.styles),
-              list(exp.relabel.mix)))
+    print(run(plan.relabel_inputs.urls, plan.relabel_output, exp.relabel, list(exp.styles)))
 
 
 @app.command()

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -33,18 +33,20 @@ class Output(Protocol):
     def write(self, sample: Sample) -> None: ...
 
 
-def open_output(kind: Format, folder: str, shard: str, folder_caption: str) -> AbstractContextManager[Output]:
+def open_output(kind: Format, folder: str, shard: str, styles: Iterable[str],
+                folder_caption: str) -> AbstractContextManager[Output]:
     """The output for one shard. Leaving its block without an error publishes it; with one, nothing is left.
 
     Args:
         kind: `relabel.format`.
         folder: or URL, in which it is to be.
         shard: its name.
+        styles: for a `parquet`: the captions that it holds, beside the mix.
         folder_caption: for a `folder`: which caption `KEY.txt` holds.
     """
     url = written(kind, folder, shard)
     if kind == "parquet":
-        return TableWriter(url)
+        return TableWriter(url, [*styles, "mix"])
     return ShardWriter(url) if kind == "shards" else FolderWriter(url, folder_caption)
 
 
@@ -71,13 +73,10 @@ class FolderWriter:
 
     def write(self, sample: Sample) -> None:
         texts = _texts(sample)
-        if self.caption not in texts:
-            raise UserError(f"relabel.folder_caption: {sample.uid} has no {self.caption!r} caption: choose one of "
-                            f"{', '.join(texts) or 'none'}")
         name = file_name(sample.key, self._names)
         self._names.add(name.casefold())
         record: dict[str, Any] = json.loads(sample.members.get("recap.json", b"{}"))
-        record |= {"texts": texts} | ({"key": sample.key} if name != sample.key else {})
+        record |= {"texts": texts, "key": sample.key}
         path = self._temporary / name
         path.with_name(f"{name}.{sample.image_extension.lower()}").write_bytes(sample.image_bytes)
         path.with_name(f"{name}.txt").write_text(texts[self.caption], encoding="utf-8")
@@ -96,8 +95,11 @@ class FolderWriter:
 
     def _publish(self) -> None:
         os.sync()  # once, not for each of thousands of small files
-        shutil.rmtree(self.folder, ignore_errors=True)  # an earlier try's
+        earlier = temporary(f"{self.folder}.earlier")  # a folder can't be replaced; what a kill leaves is cleaned up
+        if self.folder.is_dir():
+            self.folder.rename(earlier)
         publish(self._temporary, str(self.folder))
+        discard(earlier, str(self.folder))
 
 
 def file_name(key: str, taken: set[str]) -> str:

@@ -37,7 +37,7 @@ from recap.llm.prompt import read_prompt
 from recap.outputs import written
 from recap.rundir import StageDir, Stale, digest, folder_identity, lock
 from recap.shards import expand, shard_name
-from recap.storage import identity
+from recap.storage import identities, identity
 from train_t2i.config import DEFAULT_ARMS, Arm, Train
 
 
@@ -99,6 +99,10 @@ class Experiment(Table):
         mix = self.relabel.mix if "mix" in self.relabel.model_fields_set else {}  # the default holds where it can
         if unknown := sorted(set(mix) - set(self.styles)):
             raise ValueError(f"relabel.mix: no style {unknown[0]!r}: the styles are {', '.join(self.styles)}")
+        kinds = [*self.styles, "mix", "alt"]
+        if self.relabel.format == "folder" and self.relabel.folder_caption not in kinds:
+            raise ValueError(f"relabel.folder_caption: no caption {self.relabel.folder_caption!r}: choose one of "
+                             f"{', '.join(kinds)}")
         return self
 
 
@@ -135,7 +139,8 @@ class Inputs:
         """What tells one version of the files from another."""
         if isinstance(self.patterns, str) and Path(self.patterns).is_dir():
             return folder_identity(Path(self.patterns))
-        return [identity(url) for url in self.urls]
+        found = identities(self.urls)
+        return [found.get(url) or identity(url) for url in self.urls]
 
 
 def run(exp: Experiment, verb: str | None = None, redo: bool = False, go_on: bool = False) -> None:
@@ -196,7 +201,7 @@ def _refuse_or_clear(stage: Stage, redo: bool) -> None:
     if not redo:
         changes = stage.dir.changes()
         more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
-        keep = "--go-on to keep its finished shards, or " if stage.verb == "relabel" else ""
+        keep = "`recap relabel --go-on` to keep its finished shards, or " if stage.verb == "relabel" else ""
         raise UserError(f"{stage.path} was made with other settings or inputs ({changes[0]}{more}): "
                         f"give the run another name=…, or {keep}--redo to delete that result and make it again")
     progress.say(f"    {stage.path} was made with other settings: deleted, made again")

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from recap.errors import UserError
 from recap.outputs import open_output, written
 from recap.relabel import Job
 from recap.shard_work import Stats, total
-from recap.shards import Reject, ShardWriter, count_images, read_shard, shard_name
+from recap.shards import MAX_COUNTED, Reject, ShardWriter, count_images, read_shard, shard_name
 from recap.storage import identities, is_local
 
 if TYPE_CHECKING:
@@ -86,12 +86,14 @@ def _probe(job: Job, shards: list[str], device: str, folder: Path) -> Probe:
     num_in, num_out = sums["images_in"], sums["images_out"]
     bytes_in = sum(path.stat().st_size for path in taken) / num_in
     outputs = [written("shards", job.out, path.stem) for path in taken]
-    added, table = _captions_bytes(outputs, folder)
-    sizes = sum(int(size) for _, size, _ in identities(shards).values())
-    counted = count_images(shards) if all(map(is_local, shards)) else None
-    whole = round(sizes / bytes_in) if counted is None else counted
+    added, table = _captions_bytes(outputs, job.styles, folder)
+    sizes = [int(size) for _, size, _ in identities(shards).values() if int(size) >= 0]  # not every web server says it
+    whole = count_images(shards)
+    if whole is None:
+        whole = round(sum(sizes) / max(1, len(sizes)) * len(shards) / bytes_in)
     return Probe(environment()["hardware"], num_in, len(taken), images / seconds, sums["quarantined"], bytes_in,
-                 added / num_out, table / num_out, whole, is_estimated=counted is None)
+                 added / num_out, table / num_out, whole,
+                 is_estimated=len(shards) > MAX_COUNTED or not all(map(is_local, shards)))
 
 
 def _take(url: str, path: Path, config: Relabel) -> Path:
@@ -119,11 +121,11 @@ def _measure(job: Job, shards: list[str], device: str) -> tuple[int, float, list
     return moments[-1][1] - before, time.perf_counter() - began, found
 
 
-def _captions_bytes(shards: list[str], folder: Path) -> tuple[int, int]:
+def _captions_bytes(shards: list[str], styles: Iterable[str], folder: Path) -> tuple[int, int]:
     """Of what was added to the probed shards, and of a parquet of it."""
     rejects: list[Reject] = []
     added = 0
-    with open_output("parquet", str(folder), "captions", "mix") as output:
+    with open_output("parquet", str(folder), "captions", styles, "mix") as output:
         for url in shards:
             for sample in read_shard(url, rejects):
                 output.write(sample)

@@ -17,11 +17,11 @@ from PIL import Image
 from recap import progress
 from recap.config import Data
 from recap.decoders import Decoders
-from recap.errors import BadSample
+from recap.errors import BadSample, UserError
 from recap.rundir import StageDir
 from recap.sample import Sample, count_pixels
 from recap.shards import Reject, read_shard, shard_name, write_rejects
-from recap.storage import remove, write_json
+from recap.storage import read_bytes, remove, write_json
 
 Stats = dict[str, Any]
 Decoded = tuple[Sample, Image.Image]
@@ -30,6 +30,8 @@ Out = TypeVar("Out")
 NUM_DECODERS = min(8, os.cpu_count() or 1)
 MAX_BATCH_PIXELS = 200_000_000
 """Decoded images of a batch hold 3 bytes a pixel: a shard of huge ones must not fill the memory."""
+MAX_BATCH_BYTES = 256 * 2**20
+"""Of a batch's members, so that other large ones must not either."""
 LARGE_PIXELS = 32_000_000
 """An image of more is large; to decode one takes up to 15 bytes a pixel."""
 
@@ -55,14 +57,16 @@ def batches(samples: Iterable[Decoded], size: int, limit: int | None = None) -> 
     Batches are formed within the shard, in file order, so that no result depends on rank or interruption.
     """
     batch: list[Decoded] = []
-    given = 0
-    for sample in samples:
-        batch.append(sample)
-        pixels = sum(image.width * image.height for _, image in batch)
-        if len(batch) == size or given + len(batch) == limit or pixels > MAX_BATCH_PIXELS:
+    given = pixels = num_bytes = 0
+    for sample, image in samples:
+        batch.append((sample, image))
+        pixels += image.width * image.height
+        num_bytes += sum(map(len, sample.members.values()))
+        is_full = len(batch) == size or pixels > MAX_BATCH_PIXELS or num_bytes > MAX_BATCH_BYTES
+        if is_full or given + len(batch) == limit:
             yield batch
             given += len(batch)
-            batch = []
+            batch, pixels, num_bytes = [], 0, 0
             if given == limit:
                 return
     if batch:
@@ -133,6 +137,22 @@ def once(stage: StageDir, shard: str, work: Callable[[str], Stats]) -> tuple[Sta
     write_json(str(path), stats)
     stage.log(event="shard", shard=shard_name(shard), **stats)
     return stats, True
+
+
+def stats_url(out: str, shard: str) -> str:
+    return f"{out}/{shard_name(shard)}_stats.json"
+
+
+def read_stats(out: str, shard: str) -> Stats:
+    """What marks a relabelled shard as done. UserError where that is damaged, or another program's."""
+    url = stats_url(out, shard)
+    try:
+        stats = json.loads(read_bytes(url))
+    except ValueError as error:
+        raise UserError(f"{url} is damaged ({error}): delete it, and run the same command again") from None
+    if not isinstance(stats, dict) or not {"count", "successes", "settings", "input", "status_dict"} <= stats.keys():
+        raise UserError(f"{url} is not of `recap relabel`: choose another relabel.output")
+    return stats
 
 
 def stats_of(shard: str, out: Path | str, successes: int, rejects: list[Reject], **others: Any) -> Stats:

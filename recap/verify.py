@@ -12,16 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from recap import progress
-from recap.caption_tables import read_table
+from recap.caption_tables import read_rows
+from recap.config.relabel import Relabel
 from recap.errors import BadSample, UserError
 from recap.outputs import Format, file_name, written
 from recap.sample import IMAGE_EXTENSIONS, Sample, caption_extension, decode_text
+from recap.seal import Seal
 from recap.shard_work import ahead, quarantine_file
 from recap.shards import Reject, read_shard, shard_name
-from recap.storage import exists, is_local, names, read_bytes
+from recap.storage import exists, is_local, names, open_seekable, read_bytes
 
 SCHEMA = 1
 """Of `KEY.recap.json`."""
@@ -97,28 +97,25 @@ class _Damaged(Exception):
     """What was made of a shard cannot be compared."""
 
 
-def verify(shards: list[str], out: str, kind: Format, styles: list[str], mix: Collection[str] = ()) -> Verified:
+def verify(shards: list[str], out: str, config: Relabel, styles: list[str]) -> Verified:
     """Read the input and what relabelling made of it, and compare them.
 
     Args:
         shards: that were relabelled.
         out: folder or URL.
-        kind: the format of what was written.
+        config: its format, and the styles that `KEY.mix.txt` is drawn from; without them, any caption will do for it,
+            or none.
         styles: of the captions.
-        mix: styles that `KEY.mix.txt` is drawn from; without them, any caption will do for it, or none.
 
     Raises:
         UserError: a shard of the input is not there.
     """
     found = Verified()
-    _check_set(found, shards, out, kind)
+    _check_set(found, shards, out, config.format)
     with progress.bar("verify", None) as bar:
-        for one in ahead(lambda shard: _Shard(shard, out, kind, styles, mix).check(), shards, THREADS):
+        for one in ahead(lambda shard: _Shard(shard, out, config, styles).check(), shards, THREADS):
             found.add(one)
             bar.update(one.counts["images"])
-    if len(found.settings) > 1:
-        kinds = ", ".join(f"{count} shards of {settings}" for settings, count in found.settings.most_common(3))
-        found.note(SET, "", f"made with {len(found.settings)} different settings: {kinds}")
     return found
 
 
@@ -142,9 +139,11 @@ def _is_of_samples(folder: Path) -> bool:
 class _Shard:
     """One shard of the input, with what was made of it."""
 
-    def __init__(self, shard: str, out: str, kind: Format, styles: list[str], mix: Collection[str]) -> None:
-        self.shard, self.out, self.kind, self.styles, self.mix = shard, out, kind, styles, mix
+    def __init__(self, shard: str, out: str, config: Relabel, styles: list[str]) -> None:
+        self.shard, self.out, self.styles = shard, out, styles
+        self.kind, self.mix, self.folder_caption = config.format, list(config.mix), config.folder_caption
         self.name = shard_name(shard)
+        self.seal = Seal()
         self.own = {*map(caption_extension, (*styles, "mix")), "recap.json"}
         """Members that relabelling writes, in place of those that were there."""
         self.found = Verified(num_shards=1)
@@ -214,7 +213,7 @@ class _Shard:
         rejects: list[Reject] = []
         for sample in read_shard(url, rejects):
             num_captions, faults = self._check_captions(sample.members)
-            faults += self._check_record(_json(sample.members.get("recap.json", b"")))
+            faults += self._check_record(sample)
             yield sample.key, Written(_hashes(sample), num_captions, faults)
         for reject in rejects:
             if reject.reason == "truncated_shard":
@@ -222,16 +221,17 @@ class _Shard:
             self._note(reject.key, f"was written damaged: {reject.reason} {reject.detail}")
 
     def _read_table(self, url: str) -> Iterator[tuple[str, Written]]:
-        kinds = {*self.styles, *self.mix, "mix"} if self.mix else self.styles
+        num_rows = 0
         try:
-            rows = read_table(url, kinds)
+            for key, row in read_rows(url):
+                num_rows += 1
+                num_captions, faults = self._check_captions(row.members)
+                faults += self._check_record(Sample(self.name, key, row.members))
+                yield key, Written({IMAGE: _from_hex(row.sha256)}, num_captions, faults)
         except UserError as error:
             raise _Damaged(str(error).replace(url, f"{self.name}.parquet")) from None
-        if (num_rows := _num_rows(url)) != len(rows):
-            self._note("", f"{self.name}.parquet has {num_rows:,} rows for {len(rows):,} keys")
-        for key, row in rows.items():
-            num_captions, faults = self._check_captions(row.members)
-            yield key, Written({IMAGE: _from_hex(row.sha256)}, num_captions, faults)
+        if (num_nameless := _num_rows(url) - num_rows) > 0:
+            self._note("", f"{self.name}.parquet has {num_nameless:,} rows without a key or an image's hash")
 
     def _read_folder(self, url: str) -> Iterator[tuple[str, Written]]:
         endings: dict[str, set[str]] = defaultdict(set)
@@ -254,9 +254,9 @@ class _Shard:
         # A lone surrogate stays, and is then found to be no text.
         members = {caption_extension(kind): content.encode(errors="surrogatepass") for kind, content in texts.items()}
         num_captions, faults = self._check_captions(members)
-        faults += self._check_record(record)
-        if text not in members.values():
-            faults.append(f"{name}.txt holds none of its captions")
+        faults += self._check_record(Sample(self.name, key, members | {"recap.json": json.dumps(record).encode()}))
+        if text != members.get(caption_extension(self.folder_caption)):
+            faults.append(f"{name}.txt is not its {self.folder_caption} caption")
         if name not in (file_name(key, set()), file_name(key, {key.casefold()})):
             faults.append(f"its files are called {name}")
         hashes = {IMAGE: _hash(image)} | ({ALT_TEXT: _hash(members["txt"])} if "txt" in members else {})
@@ -282,10 +282,12 @@ class _Shard:
             faults.append("its mix is none of its captions")
         return num_captions, faults
 
-    def _check_record(self, record: Any) -> list[str]:
+    def _check_record(self, sample: Sample) -> list[str]:
+        record = _json(sample.members.get("recap.json", b""))
         captions = record.get("captions") if isinstance(record, dict) and record.get("schema") == SCHEMA else None
         if not isinstance(captions, dict):
             return ["its recap.json is damaged"]
+        self.seal.add(sample, record)
         missing = [style for style in self.styles if not isinstance(captions.get(style), dict)]
         return [f"its recap.json says nothing of {', '.join(missing)}"] if missing else []
 
@@ -366,11 +368,13 @@ class _Shard:
                  if said.get(name, 0) != true.get(name, 0)]
         if wrong:
             self._note("", f"its stats say {'; '.join(wrong)}")
+        elif not self.found.num_findings and stats.get("seal") != self.seal.hexdigest():
+            self._note("", "its captions, or what is said of them, were changed since")
 
 
 def _num_rows(url: str) -> int:
     import pyarrow.parquet as pq
-    with fsspec.open(url, "rb") as file:
+    with open_seekable(url) as file:
         return int(pq.read_metadata(file).num_rows)
 
 
@@ -409,11 +413,15 @@ def report(found: Verified) -> str:
         lines.append(f"… and {found.num_findings - len(lines):,} more")
     whole = f"{found.num_shards:,} shards" if found.num_findings else f"all {found.num_shards:,} shards are whole"
     counts = found.counts
-    return "\n".join([*lines, f"{whole}: {counts['images']:,} images, {counts['captions']:,} captions, "
-                              f"{counts['quarantined']:,} quarantined"])
+    lines.append(f"{whole}: {counts['images']:,} images, {counts['captions']:,} captions, "
+                 f"{counts['quarantined']:,} quarantined")
+    if len(found.settings) > 1:
+        kinds = ", ".join(f"{count:,} shards of {settings[:8]}" for settings, count in found.settings.most_common(3))
+        lines.append(f"made with {len(found.settings)} different settings: {kinds}")
+    return "\n".join(lines)
 
 
-def run(shards: list[str], out: str, kind: Format, styles: list[str], mix: Collection[str] = ()) -> str:
+def run(shards: list[str], out: str, config: Relabel, styles: list[str]) -> str:
     """As `verify`; what a terminal shows of a set that is whole.
 
     Raises:
@@ -421,7 +429,7 @@ def run(shards: list[str], out: str, kind: Format, styles: list[str], mix: Colle
     """
     if is_local(out) and not Path(out).is_dir():
         raise UserError(f"verify: nothing at {out}: run `recap relabel` first, or check name=… and relabel.output")
-    found = verify(shards, out, kind, styles, mix)
+    found = verify(shards, out, config, styles)
     if not found.num_findings:
         return report(found)
     print(report(found))

@@ -1,8 +1,11 @@
 """Relabelling: nothing is lost, whatever the shards hold, and nothing else of a sample changes."""
 
+import gc
 import io
 import json
 import tarfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,18 @@ import torch
 from PIL import Image
 
 from recap import storage
+from recap.caption_checks import CaptionChecks
 from recap.caption_tables import read_table
+from recap.captioners import Captioner as Captions
 from recap.captioners.blip2 import Blip2
+from recap.choosing import Item
 from recap.config import DEFAULT_STYLES, Data, Style
 from recap.config.captioner import Captioner
 from recap.config.relabel import Checks, Images, Relabel
 from recap.errors import UserError
-from recap.relabel import run
+from recap.image_filters import ImageScores
+from recap.relabel import Job, run
+from recap.relabeller import Prepared, Relabeller
 from recap.rundir import StageDir, Stale
 from recap.sample import Sample
 from recap.shards import Reject, ShardWriter, read_shard
@@ -217,6 +225,148 @@ def test_shards_of_other_settings_are_refused_kept_or_made_again(small: list[str
     relabelled(small, out, world_models, other, config)  # now they are all alike
 
 
+def test_a_shard_of_another_version_of_the_input_is_made_again(small: list[str], tmp_path: Path, world_models: Path
+                                                               ) -> None:
+    out, config = tmp_path / "out", Relabel(batch_size=4, output=str(tmp_path / "set"))
+    relabelled(small, out, world_models, config=config)
+    before = files(tmp_path / "set")
+    samples = read(Path(small[1]))
+    with ShardWriter(small[1]) as writer:
+        for sample in samples[:4]:
+            writer.write(sample)
+    with pytest.raises(UserError, match=r"1 shards of another input, 00001 for one: choose .*, or make them again"):
+        relabelled(small, out, world_models, config=config)
+    assert files(tmp_path / "set") == before
+    for stale in ("go_on", "redo"):
+        result = relabelled(small, out, world_models, config=config, stale=stale)  # type: ignore[arg-type]
+        assert result["images_out"] == 22 and len(read(tmp_path / "set" / "00001.tar")) == 4
+        after = files(tmp_path / "set")
+        assert all(after[name] == before[name] for name in before if name.endswith(".tar") and name != "00001.tar")
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet"])
+def test_the_input_is_not_written_over(small: list[str], tmp_path: Path, world_models: Path, kind: Any) -> None:
+    before = files(tmp_path / "small")
+    for out in (tmp_path / "small", tmp_path / "x" / ".." / "small"):
+        with pytest.raises(UserError, match="holds 00000 of the input"):
+            relabelled(small, tmp_path / "out", world_models, config=Relabel(format=kind, output=f"{out}/"))
+    assert files(tmp_path / "small") == before
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    ('{"count": 10, "successes": 9, "status_dict": {}}', "is not of `recap relabel`"), ("[]", "is not of `recap"),
+    ("", "is damaged"), ("{", "is damaged")])
+def test_stats_of_others_are_one_clear_line(small: list[str], tmp_path: Path, world_models: Path, content: str,
+                                            said: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "00001_stats.json").write_text(content)
+    with pytest.raises(UserError, match=f"out/00001_stats.json {said}"):
+        relabelled(small, tmp_path / "out", world_models)
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_captioned(small: list[str], tmp_path: Path,
+                                                                               world_models: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="file is no folder"):
+        relabelled(small, tmp_path / "out", world_models, config=Relabel(output=str(tmp_path / "file")))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_one_form_of_an_outputs_name(tmp_path: Path) -> None:
+    forms = {"s3://b/out/": "s3://b/out", "s3://b/out": "s3://b/out", "/": "/", "a//": "a", "file:///x/y": "/x/y"}
+    assert {form: Relabel(output=form).output for form in forms} == forms and Relabel().output is None
+
+
+def test_memory_that_suffices_for_one_image_at_a_time_suffices_for_filters_and_checks(
+        small: list[str], tmp_path: Path, world_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    relabelled(small, tmp_path / "large", world_models)
+
+    def with_little(work: Callable[..., Any]) -> Callable[..., Any]:
+        def limited(self: Any, images: list[Any], *others: Any) -> Any:
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return work(self, images, *others)
+        return limited
+
+    monkeypatch.setattr(ImageScores, "look", with_little(ImageScores.look))
+    monkeypatch.setattr(CaptionChecks, "check", with_little(CaptionChecks.check))
+    relabelled(small, tmp_path / "small-memory", world_models)
+    assert files(tmp_path / "large") == files(tmp_path / "small-memory")
+
+
+def worker(tmp_path: Path, models: Path, report: Any = lambda *_: None) -> Relabeller:
+    job = Job(str(tmp_path / "out"), Captioner(model=str(models / "blip2"), dtype="float32"), None, STYLES,
+              Relabel(batch_size=2), Data(), "s")
+    return Relabeller(job, "cpu", report)
+
+
+def test_a_shard_is_told_of_when_it_is_published_and_not_after_the_next(small: list[str], tmp_path: Path,
+                                                                        world_models: Path) -> None:
+    told: list[tuple[str, int]] = []
+    is_published = threading.Event()
+    with worker(tmp_path, world_models, lambda shard, done, _: told.append((Path(shard).name, done))) as relabeller:
+        publish, caption = relabeller._publish, relabeller._caption
+
+        def published(*arguments: Any) -> Any:
+            result = publish(*arguments)
+            is_published.set()
+            return result
+
+        def captioned(shard: str, parts: Any) -> Iterator[None]:
+            assert shard == small[0] or is_published.wait(60)  # the next is not held up by it either
+            for _ in caption(shard, parts):
+                time.sleep(0.01)
+                yield
+
+        relabeller._publish, relabeller._caption = published, captioned  # type: ignore[method-assign]
+        for shard, _ in relabeller.relabel(small[:2]):
+            told.append((Path(shard).name, -1))
+    assert told.index(("00000.tar", -1)) < told.index(("00001.tar", 6))
+
+
+def test_the_next_shard_is_captioned_while_one_is_published(small: list[str], tmp_path: Path, world_models: Path
+                                                            ) -> None:
+    told: list[tuple[str, int]] = []
+    go_on = threading.Event()
+    with worker(tmp_path, world_models, lambda shard, done, _: told.append((Path(shard).name, done))) as relabeller:
+        publish = relabeller._publish
+
+        def late(*arguments: Any) -> Any:
+            assert go_on.wait(60)
+            return publish(*arguments)
+
+        def report(shard: str, done: int, _: Any) -> None:
+            told.append((Path(shard).name, done))
+            if told[-1] == ("00001.tar", 6):
+                go_on.set()
+
+        relabeller._publish, relabeller.report = late, report  # type: ignore[method-assign]
+        assert [shard for shard, _ in relabeller.relabel(small)] == small
+
+
+def test_repeats_of_an_image_are_written_while_the_shard_is_read(
+        small: list[str], tmp_path: Path, world_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Blip2, "captions", Captions.captions)  # batch by batch, as most families do
+    shard = tmp_path / "repeats" / "00000.tar"
+    members = read(Path(small[0]))[0].members
+    with ShardWriter(str(shard)) as writer:
+        for place in range(40):
+            writer.write(Sample("00000", f"{place:04d}", members))
+    waiting: list[int] = []
+    with worker(tmp_path, world_models) as relabeller:
+        prepare = relabeller._prepare
+
+        def counted(shard: str) -> Iterator[Prepared]:
+            for part in prepare(shard):
+                waiting.append(sum(isinstance(each, Item) for each in gc.get_objects()))
+                yield part
+
+        relabeller._prepare = counted  # type: ignore[method-assign]
+        list(relabeller.relabel([str(shard)]))
+    assert len(waiting) == 21 and max(waiting) <= 12
+    assert len(read(tmp_path / "out" / "00000.tar")) == 40
+
+
 @pytest.mark.parametrize("kind", ["parquet", "folder"])
 def test_other_formats_hold_the_same_captions(small: list[str], tmp_path: Path, world_models: Path, kind: Any) -> None:
     relabelled(small[:1], tmp_path / "shards", world_models)
@@ -275,7 +425,9 @@ def test_a_caption_at_fault_is_drawn_again_replaced_or_dropped(small: list[str],
     assert all("too_long" in said(sample)["flags"] for sample in flagged)
     result, kept = captioned(too_long="alt")
     assert [sample.caption("long") for sample in kept] == [sample.caption("alt") for sample in kept]
-    assert said(kept[0])["decoding"]["text"] == "alt" and result["captions"]["long/alt_text_kept"] == 6  # type: ignore[index]
+    assert result["captions"]["long/alt_text_kept"] == 6  # type: ignore[index]
+    decoding = said(kept[0])["decoding"]
+    assert decoding["text"] == "alt" and "too_long" in decoding["because"] and said(kept[0])["flags"] == ["too_long"]
     result, drawn = captioned(too_long="resample", otherwise="alt")
     assert [sample.caption("long") for sample in drawn] == [sample.caption("alt") for sample in drawn]
     with pytest.raises(UserError, match="caption_too_long"):

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from recap.errors import UserError
 from recap.outputs import Format, file_name, open_output
 from recap.rundir import StageDir
 from recap.sample import Sample
+from recap.seal import Seal
 from recap.shard_work import stats_of
 from recap.shards import Reject, ShardWriter, read_shard
 from recap.storage import write_json
@@ -41,6 +44,13 @@ def relabelled(each: Sample) -> Sample:
     return Sample(each.shard, each.key, each.members | texts | {"mix.txt": texts["long.txt"], "recap.json": record})
 
 
+def seal(samples: list[Sample]) -> str:
+    found = Seal()
+    for each in samples:
+        found.add(each, json.loads(each.members["recap.json"]))
+    return found.hexdigest()
+
+
 class Set:
     """Two shards of ten samples, of which one is in quarantine."""
 
@@ -53,22 +63,28 @@ class Set:
                     writer.write(sample(place))
             self.write(shard, [relabelled(sample(place)) for place in range(10) if place != 4])
 
-    def write(self, shard: str, samples: list[Sample], rejects: list[Reject] | None = None) -> None:
-        with open_output(self.kind, str(self.out), Path(shard).stem, "long") as output:
+    def write(self, shard: str, samples: list[Sample], rejects: list[Reject] | None = None,
+              sealed: list[Sample] | None = None) -> None:
+        with open_output(self.kind, str(self.out), Path(shard).stem, STYLES, "long") as output:
             for each in samples:
                 output.write(each)
         rejects = [Reject(Path(shard).stem, "004", "undecodable_image")] if rejects is None else rejects
-        stats = stats_of(shard, str(self.out), len(samples), rejects, captions={}, settings="s")
+        stats = stats_of(shard, str(self.out), len(samples), rejects, captions={}, settings="s",
+                         seal=seal(samples if sealed is None else sealed))
         write_json(f"{self.out}/{Path(shard).stem}_stats.json", stats)
 
     def changed(self, change: Callable[[list[Sample]], None]) -> None:
         """Write the second shard anew, changed."""
-        samples = [relabelled(sample(place)) for place in range(10) if place != 4]
+        before, samples = ([relabelled(sample(place)) for place in range(10) if place != 4] for _ in range(2))
         change(samples)
-        self.write(self.shards[1], samples)
+        self.write(self.shards[1], samples, sealed=before)
+
+    @property
+    def config(self) -> Relabel:
+        return Relabel(format=self.kind, folder_caption="long")
 
     def verified(self) -> Verified:
-        return verify(self.shards, str(self.out), self.kind, STYLES, STYLES)
+        return verify(self.shards, str(self.out), self.config, STYLES)
 
     def found(self) -> list[str]:
         return [str(finding) for finding in self.verified().findings]
@@ -86,7 +102,7 @@ def test_a_whole_set_has_no_finding(tmp_path: Path, kind: Format) -> None:
     assert found.findings == [] and found.num_shards == 2
     assert found.counts == {"images": 18, "captions": 36, "quarantined": 2}
     said = "all 2 shards are whole: 18 images, 36 captions, 2 quarantined"
-    assert run(made.shards, str(made.out), kind, STYLES, STYLES) == said
+    assert run(made.shards, str(made.out), made.config, STYLES) == said
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,6 +114,35 @@ def test_a_sample_that_is_lost_or_another_is_found(tmp_path: Path, kind: Format)
     assert made.found() == ["00001/077: was written, and is not in the input"]
     made.changed(lambda samples: samples[3].members.update(png=sample(99).members["png"]))
     assert re.fullmatch("00001/003: (png|the image) has other bytes", made.found()[0]) and len(made.found()) == 1
+
+
+def exchange(samples: list[Sample]) -> None:
+    """The captions of two images."""
+    first, second = samples[:2]
+    for name in ("short.txt", "long.txt", "mix.txt"):
+        first.members[name], second.members[name] = second.members[name], first.members[name]
+
+
+def empty(samples: list[Sample]) -> None:
+    samples[3].members |= {"short.txt": b"", "long.txt": b"", "mix.txt": b""}
+
+
+def doctor(samples: list[Sample]) -> None:
+    samples[3].members["recap.json"] = samples[3].members["recap.json"].replace(b'"x"', b'"y"')
+
+
+def mix_short(samples: list[Sample]) -> None:
+    for each in samples:
+        each.members["mix.txt"] = each.members["short.txt"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", [exchange, empty, doctor, mix_short])
+def test_captions_that_were_changed_are_found(tmp_path: Path, kind: Format,
+                                              change: Callable[[list[Sample]], None]) -> None:
+    made = Set(tmp_path, kind)
+    made.changed(change)
+    assert made.found() == ["00001: its captions, or what is said of them, were changed since"]
 
 
 def drop(name: str) -> Callable[[list[Sample]], None]:
@@ -147,7 +192,9 @@ def test_stats_and_quarantine_are_held_to_what_is_there(shards: Set) -> None:
     stats.write_text(json.dumps(whole | {"successes": 8, "status_dict": {"success": 9, "nsfw": 1}}))
     assert shards.found() == ["00001: its stats say nsfw 1, not 0; successes 8, not 9; undecodable_image 0, no…"]
     stats.write_text(json.dumps(whole | {"settings": "other"}))
-    assert shards.found() == ["made with 2 different settings: 1 shards of s, 1 shards of other"]
+    assert shards.found() == []  # as --go-on makes them
+    assert report(shards.verified()).splitlines()[-1] == (
+        "made with 2 different settings: 1 shards of s, 1 shards of other")
     changed = [json.dumps(whole | each) for each in ({"status_dict": [1]}, {"settings": 1})]
     for broken in ("{", "[]", "[" * 100_000, *changed):
         stats.write_text(broken)
@@ -173,7 +220,7 @@ def test_stats_and_quarantine_are_held_to_what_is_there(shards: Set) -> None:
 ])
 def test_every_sample_is_accounted_for_once(shards: Set, rejects: list[tuple[str, str]], expected: str) -> None:
     listed = [Reject("00001", key, reason) for key, reason in rejects]
-    stats = stats_of(shards.shards[1], shards.out, 9, listed, settings="s")
+    stats = stats_of(shards.shards[1], shards.out, 9, listed, settings="s", seal="")
     write_json(f"{shards.out}/00001_stats.json", stats)
     assert shards.found() == [f"00001/{expected}"]
 
@@ -211,7 +258,7 @@ def test_a_damaged_or_missing_file_is_one_finding(tmp_path: Path, kind: Format) 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_left_over_or_half_written_is_named(tmp_path: Path, kind: Format) -> None:
     made = Set(tmp_path, kind)
-    with open_output(kind, str(made.out), "00007", "long") as output:
+    with open_output(kind, str(made.out), "00007", STYLES, "long") as output:
         output.write(relabelled(sample(0)))
     (made.out / "00008_stats.json").write_text("{}")
     (made.out / "logs").mkdir()
@@ -238,9 +285,12 @@ def test_the_files_of_a_folder_are_those_of_its_samples(tmp_path: Path) -> None:
         whole | {"texts": whole["texts"] | {"short": "\ud800"}})[0]
     assert "00001/000: its recap.json is damaged" in found(whole | {"texts": {"short": 1}})
     assert "00001/other: was written, and is not in the input" in found(whole | {"key": "other"})
+    del whole["key"]
     assert found(whole) == []
     text.write_text("x")
-    assert made.found() == ["00001/000: 000.txt holds none of its captions"]
+    assert made.found() == ["00001/000: 000.txt is not its long caption"]
+    text.write_text(whole["texts"]["alt"])
+    assert made.found() == ["00001/000: 000.txt is not its long caption"]
     text.unlink()
     assert "00001: 00001/000 has png, recap.json, not an image, txt and recap.json" in made.found()
     text.write_text(whole["texts"]["long"])
@@ -306,7 +356,14 @@ def test_an_image_that_the_input_lacks_is_found(tmp_path: Path, kind: Format) ->
 def test_a_key_that_a_table_holds_twice_is_found(tmp_path: Path) -> None:
     made = Set(tmp_path, "parquet")
     made.changed(lambda samples: samples.append(samples[0]))
-    assert made.found()[0] == "00001: 00001.parquet has 10 rows for 9 keys"
+    assert made.found()[0] == "00001/000: was written twice"
+
+
+def test_rows_of_a_table_without_a_key_are_found(tmp_path: Path) -> None:
+    made = Set(tmp_path, "parquet")
+    rows = pq.read_table(made.out / "00001.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([*rows, rows[0] | {"key": None}]), made.out / "00001.parquet")
+    assert made.found() == ["00001: 00001.parquet has 1 rows without a key or an image's hash"]
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -347,12 +404,12 @@ def test_a_terminal_shows_the_first_findings(shards: Set, capsys: pytest.Capture
 
     shards.changed(spoil)
     with pytest.raises(UserError, match="verify: 27 findings in 1 of 2 shards: delete those shards' stats"):
-        run(shards.shards, str(shards.out), "shards", STYLES)
+        run(shards.shards, str(shards.out), shards.config, STYLES)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == MAX_SHOWN + 2 and lines[-2:] == [
         "… and 7 more", "2 shards: 18 images, 36 captions, 2 quarantined"]
     with pytest.raises(UserError, match=r"nothing at .*: run `recap relabel` first"):
-        run(shards.shards, str(shards.out / "none"), "shards", STYLES)
+        run(shards.shards, str(shards.out / "none"), shards.config, STYLES)
 
 
 def test_all_findings_are_counted_and_a_hostile_name_is_a_short_line(tmp_path: Path) -> None:
@@ -412,10 +469,10 @@ def test_what_relabelling_writes_is_whole_and_is_mended_by_it(tmp_path: Path, wo
                 Data(), "cpu")
 
     work()
-    said = run(made.shards, str(out), kind, STYLES, list(config.mix))
+    said = run(made.shards, str(out), config, STYLES)
     assert re.fullmatch(r"all 2 shards are whole: \d+ images, \d+ captions, [1-9] quarantined", said)
     (out / "00000_quarantine.jsonl").unlink()
-    assert verify(made.shards, str(out), kind, STYLES).num_findings == 1
+    assert verify(made.shards, str(out), config, STYLES).num_findings == 1
     (out / "00000_stats.json").unlink()
     work()
-    assert run(made.shards, str(out), kind, STYLES, list(config.mix)) == said
+    assert run(made.shards, str(out), config, STYLES) == said

@@ -112,7 +112,7 @@ def test_images_without_the_arms_captions_are_left_out(shards: list[str], tmp_pa
 
 def write_captions(folder: Path, shard: str, levels: dict[int, int]) -> None:
     """A table as relabelling writes it: number of the image → its level of grey, which the shard's is 10 times it."""
-    with open_output("parquet", str(folder), shard, "mix") as output:
+    with open_output("parquet", str(folder), shard, ["short"], "mix") as output:
         for i, level in levels.items():
             output.write(Sample(shard, str(i), {"png": png(level), "txt": b"not written",
                                                 "short.txt": f"table {shard}/{i}".encode()}))

@@ -91,13 +91,17 @@ class Blip2(Tunable):
             return
         found: dict[int, dict[str, Caption]] = defaultdict(dict)
         begun = self._begin(batches, styles, greedy, found)
-        for first in begun:
-            slots = self._slots(greedy, num_slots, first.cache)
-            for (place, name), ids in decode(slots, chain([first], begun), self.text.end):
-                found[place][name] = self.text.read(ids)
-                if len(found[place]) == len(styles):
-                    captions = found.pop(place)
-                    yield place, {name: captions[name] for name in styles}
+        try:
+            for first in begun:
+                slots = self._slots(greedy, num_slots, first.cache)
+                for (place, name), ids in decode(slots, chain([first], begun), self.text.end):
+                    found[place][name] = self.text.read(ids)
+                    if len(found[place]) == len(styles):
+                        captions = found.pop(place)
+                        yield place, {name: captions[name] for name in styles}
+        except RuntimeError:  # out of memory, perhaps, which they take much of
+            self.slots = None
+            raise
 
     def _begin(self, batches: Iterable[torch.Tensor], styles: dict[str, Style], greedy: dict[str, Style],
                found: dict[int, dict[str, Caption]]) -> Iterator[Begun[tuple[int, str]]]:

@@ -113,7 +113,8 @@ class Slots:
     def step(self, num_rows: int, num_positions: int) -> list[int]:
         """The next tokens of the first rows, whose longest has so many positions."""
         if self.places.is_cuda:
-            self._replay(min(-(-(num_positions + 1) // BUCKET) * BUCKET, self.length))
+            with torch.cuda.device(self.places.device):  # streams and graphs are of the current one
+                self._replay(min(-(-(num_positions + 1) // BUCKET) * BUCKET, self.length))
         else:
             self._compute(num_rows, num_positions + 1)
         return self.tokens[:num_rows].tolist()
@@ -142,10 +143,11 @@ class Slots:
             torch.cuda.current_stream().wait_stream(stream)
             self.lengths.copy_(kept[0])
             self.tokens.copy_(kept[1])
-            self.graphs[num_seen] = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # Of other threads no account is taken: one may be scoring the next images on the same GPU.
-            with torch.cuda.graph(self.graphs[num_seen], capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._compute(self.num_slots, num_seen)
+            self.graphs[num_seen] = graph
         self.graphs[num_seen].replay()
 
     # --- what the model asks of a cache ---

@@ -98,13 +98,13 @@ class Text:
         if room is not None and style.max_new_tokens > room:
             raise UserError(f"styles: max_new_tokens={style.max_new_tokens} after {style.prompt!r}, but this captioner "
                             f"has positions for {room}: lower it")
-        rule = NoRepeat(style.no_repeat_ngram_size, start) if style.no_repeat_ngram_size else None
-        lot: dict[str, Any] = {"do_sample": False}
+        rules: list[LogitsProcessor] = []
+        if style.no_repeat_ngram_size:
+            rules.append(NoRepeat(style.no_repeat_ngram_size, start))
         if isinstance(style, Draw):
-            torch.manual_seed(style.seed)
-            lot = {"do_sample": True, "temperature": style.temperature, "top_k": 0, "top_p": 1.0}
+            rules.append(Lot(style.temperature, style.seeds))
         return {"max_new_tokens": style.max_new_tokens, "num_beams": style.num_beams,
-                "logits_processor": [rule] if rule else None, **lot}
+                "logits_processor": rules or None, "do_sample": False}
 
     def fit(self, caption: str, max_tokens: int) -> str:
         """The caption, cut at the last sentence end (else the last word) within `max_tokens`, if it is longer."""
@@ -133,6 +133,22 @@ class NoRepeat(LogitsProcessor):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
         return self.rule(input_ids[:, self.start:], scores)
+
+
+class Lot(LogitsProcessor):
+    """Makes of greedy search a draw by lot, which no other row of the batch has a part in.
+
+    The largest of logits / temperature + Gumbel noise is a draw from their softmax (Maddison et al. 2014, A* Sampling,
+    arXiv 1411.0030, section 2).
+    """
+
+    def __init__(self, temperature: float, seeds: list[int]) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in self.generators])
+        return scores.float() / self.temperature - (-uniform.log()).log().to(scores.device)
 
 
 def specials(tokenizer: Any) -> list[str]:

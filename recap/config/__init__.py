@@ -63,7 +63,8 @@ class Draw(Style):
     """A style whose caption is drawn by lot; no experiment file says so, relabelling asks for it after a fault."""
 
     temperature: float
-    seed: int
+    seeds: list[int]
+    """One for each image."""
 
 
 DEFAULT_STYLES = {
