@@ -30,7 +30,7 @@ class Meter:
 
         Args:
             folder: of the stage, for `progress.json`.
-            num_images: of all shards; None where that is not known.
+            num_images: of all shards, or about as many; None where that is not known.
             num_shards: in all.
             finished: stats of the shards that are done.
         """
@@ -59,6 +59,9 @@ class Meter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        is_all = self.shards_before + self.shards_done == self.num_shards
+        if is_all and self.num_images is not None:
+            self.num_images = self.bar.total = self.before + self.done
         self._write("stopped" if kind else "done")
         self.details.close()
         self.bar.close()
@@ -86,6 +89,8 @@ class Meter:
         self.begun[shard] = done, Counter(quarantined)
         self.quarantined = self.quarantined - quarantined_before + Counter(quarantined)
         self.done += done - done_before
+        if self.num_images is not None and self.before + self.done > self.num_images:
+            self.num_images = self.bar.total = self.before + self.done
         self.bar.update(done - done_before)
         self.details.set_description_str(self._details(), refresh=False)
         return done - done_before

@@ -125,3 +125,12 @@ def test_lines_fit_a_terminal(tmp_path: Path) -> None:
 def test_where_nothing_has_begun_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no relabelling has begun in"):
         status.status(tmp_path)
+
+
+@pytest.mark.parametrize("estimate", [8, 20])
+def test_an_estimate_that_was_wrong_gives_way(tmp_path: Path, estimate: int) -> None:
+    with Meter(tmp_path, estimate, 2, [stats(6)]) as found:
+        found.images("cpu", "00001.tar", 6, {})
+        assert found.bar.total == max(estimate, 12)
+        found.shard("00001.tar", 6, {})
+    assert "images       12 of 12 (100.0%)" in status.status(tmp_path)
