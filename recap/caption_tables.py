@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from recap.errors import BadSample, UserError
-from recap.sample import MAX_TEXT_BYTES, Sample, caption_extension
+from recap.sample import MAX_JSON_BYTES, MAX_TEXT_BYTES, Sample, caption_extension
 from recap.shards import shard_name
 from recap.storage import discard, open_seekable, publish, temporary
 
@@ -193,7 +193,8 @@ def _columns(metadata: Any, styles: Iterable[str] | None) -> list[str]:
 
 
 def _rows(table: Any, styles: list[str]) -> Iterator[tuple[str, Row]]:
-    keys, hashes, *captions = (list(_cells(column)) for column in table.columns)
+    limits = [2 * MAX_JSON_BYTES if style == "recap" else MAX_TEXT_BYTES for style in ("key", "sha256", *styles)]
+    keys, hashes, *captions = (list(_cells(column, limit)) for column, limit in zip(table.columns, limits, strict=True))
     for place, (key, sha256) in enumerate(zip(keys, hashes, strict=True)):
         if key is not None and sha256 is not None:
             members = {"recap.json" if style == "recap" else caption_extension(style): cells[place]
@@ -201,10 +202,10 @@ def _rows(table: Any, styles: list[str]) -> Iterator[tuple[str, Row]]:
             yield key.decode(errors="replace"), Row(sha256.decode(errors="replace"), members)
 
 
-def _cells(column: Any) -> Iterator[Any]:
-    """The texts of a column as bytes, or None; of one too long for a caption, what is enough to be refused for it."""
+def _cells(column: Any, limit: int) -> Iterator[Any]:
+    """The texts of a column as bytes, or None; of one that is too long, what is enough to be refused for it."""
     import pyarrow as pa
     import pyarrow.compute as pc
     for chunk in column.chunks:
-        texts = pc.binary_slice(chunk.dictionary.cast(pa.binary()), 0, MAX_TEXT_BYTES + 1).to_pylist()
+        texts = pc.binary_slice(chunk.dictionary.cast(pa.binary()), 0, limit + 1).to_pylist()
         yield from (None if place is None else texts[place] for place in chunk.indices.to_pylist())

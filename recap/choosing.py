@@ -100,7 +100,7 @@ class Chooser:
         def check(some: list[tuple[Item, dict[str, Caption]]]) -> list[dict[str, Found]]:
             images = cast(list[Image.Image], [item.image for item, _ in some])  # kept, where a check looks at them
             return self.checks.check(images, [item.alt_text for item, _ in some], [each for _, each in some])
-        return in_halves(check, list(zip(items, captions, strict=True)), "relabel.checks") if items else []
+        return in_halves(check, list(zip(items, captions, strict=True))) if items else []
 
     def _of_one(self, item: Item, first: dict[str, Chosen], drawn: dict[str, Chosen], counts: Counter[str]) -> Choice:
         try:
@@ -153,7 +153,7 @@ class Chooser:
         drawn: dict[Place, Caption] = {}
         for style, some in by_style.items():
             draw = functools.partial(self._draw_batch, style, number)
-            captions = in_halves(draw, [items[place] for place in some], "relabel.checks")
+            captions = in_halves(draw, [items[place] for place in some])
             drawn |= {(place, style): caption for place, caption in zip(some, captions, strict=True)}
         return drawn
 

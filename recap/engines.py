@@ -25,9 +25,9 @@ from recap import progress
 from recap.errors import UserError
 from recap.shard_work import Stats
 
-AHEAD = 2
-"""Shards that a worker has at a time: the one it works on, and the next, which it begins to read; towards the end only
-one, so that none waits behind another while a worker has nothing to do."""
+AHEAD = 3
+"""Shards that a worker has at a time: the one that is published, the one it works on, and the next, which it begins to
+read; towards the end only one, so that none waits behind another while a worker has nothing to do."""
 MAX_LOSSES = 3
 """Workers that may be lost with the same shard before it is taken for the reason."""
 PATIENCE = 3600.0
@@ -37,7 +37,7 @@ SIGN_EVERY = 5.0
 MAX_VALUE = 2**20
 """Bytes of one value in the ranks' store, whose server refuses more than 8 MiB."""
 TIME_TO_END = 10.0
-"""Seconds that workers have to end when they are asked to."""
+"""Seconds that workers have to end, and ranks to hear that all is done."""
 Report = Callable[[str, int, dict[str, int]], None]
 """Told a shard, how many of its images are done by now, and how many of them are quarantined, by reason."""
 Result = tuple[str, Stats]
@@ -124,7 +124,7 @@ def _rank(job: Job, shards: list[str], device: str, meter: Meter) -> Iterator[Re
     """The shards that this rank is the first to claim. The first rank stays until all are done."""
     import torch
     dist: Any = torch.distributed
-    store, rank, _ = next(iter(dist.rendezvous("env://")))
+    store, rank, num_ranks = next(iter(dist.rendezvous("env://")))
     store = dist.PrefixStore(f"recap/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     if rank == 0:  # the others may have begun later, when some of them were done
         _put(store, "shards", shards)
@@ -134,8 +134,10 @@ def _rank(job: Job, shards: list[str], device: str, meter: Meter) -> Iterator[Re
     for result in _here(job, _claims(store, shards), own, report):
         yield result
         store.add("done", 1)
+    store.add("ended", 1)
     if rank == 0:
         _wait_for_others(store, len(shards))
+        _let_go(store, num_ranks)
 
 
 def _own(device: str) -> str:
@@ -189,6 +191,13 @@ def _wait_for_others(store: Any, num_shards: int) -> None:
                             "heard of these ranks for an hour: see whether they have ended, and run the same command "
                             "again")
         time.sleep(0.2)
+
+
+def _let_go(store: Any, num_ranks: int) -> None:
+    """Stay, with the store, until the others have heard that there is no more to do; not for those that are lost."""
+    end = time.monotonic() + TIME_TO_END
+    while store.add("ended", 0) < num_ranks and time.monotonic() < end:
+        time.sleep(0.1)
 
 
 # --- workers in other processes ------------------------------------------------------------------------------------

@@ -99,7 +99,12 @@ class Experiment(Table):
         mix = self.relabel.mix if "mix" in self.relabel.model_fields_set else {}  # the default holds where it can
         if unknown := sorted(set(mix) - set(self.styles)):
             raise ValueError(f"relabel.mix: no style {unknown[0]!r}: the styles are {', '.join(self.styles)}")
-        kinds = [*self.styles, "mix", "alt"]
+        return self
+
+    @model_validator(mode="after")
+    def _check_folder_caption(self) -> "Experiment":
+        has_mix = bool(self.styles.keys() & self.relabel.mix.keys())
+        kinds = [*self.styles, *(["mix"] if has_mix else []), "alt"]
         if self.relabel.format == "folder" and self.relabel.folder_caption not in kinds:
             raise ValueError(f"relabel.folder_caption: no caption {self.relabel.folder_caption!r}: choose one of "
                              f"{', '.join(kinds)}")

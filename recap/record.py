@@ -8,6 +8,7 @@ from recap.choosing import Chosen, Item
 from recap.chunks import split
 from recap.clip_bpe import clip_tokenizer
 from recap.config import Style
+from recap.errors import BadSample
 from recap.sample import MAX_JSON_BYTES, Sample
 
 SCHEMA = 1
@@ -40,12 +41,12 @@ class Recorder:
     def _texts(self, sample: Sample, chosen: dict[str, Chosen]) -> dict[str, bytes]:
         """Captions and mix. A style that the shard already had is replaced in its place."""
         texts = {f"{style}.txt": each.caption.text.encode() for style, each in chosen.items()}
-        present = sample.members | texts  # a style of an earlier relabelling counts as well
-        kinds = [kind for kind in sorted(self.mix) if f"{kind}.txt" in present]
+        present = Sample(sample.shard, sample.key, sample.members | texts)  # a style of an earlier relabelling as well
+        kinds = [kind for kind in sorted(self.mix) if _is_text(present, kind)]
         if kinds:
             draw = random.Random(f"{self.seed}/{sample.key}")
             kind = draw.choices(kinds, [self.mix[kind] for kind in kinds])[0]
-            texts["mix.txt"] = present[f"{kind}.txt"]
+            texts["mix.txt"] = present.member(f"{kind}.txt") or b""
         return texts
 
     def _provenance(self, name: str, chosen: Chosen) -> dict[str, Any]:
@@ -55,6 +56,13 @@ class Recorder:
                 "decoding": style.model_dump(exclude={"prompt"}) | chosen.instead,
                 "num_clip_tokens": windows.num_tokens, "num_clip_windows": len(windows.ids),
                 "scores": chosen.found.scores, "flags": chosen.found.faults}
+
+
+def _is_text(sample: Sample, kind: str) -> bool:
+    try:
+        return sample.caption(kind) is not None
+    except BadSample:
+        return False
 
 
 def earlier_record(sample: Sample) -> dict[str, Any]:

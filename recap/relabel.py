@@ -23,7 +23,7 @@ from recap.relabeller import Relabeller
 from recap.rundir import StageDir, Stale, digest, plain
 from recap.shard_work import Stats, ahead, read_stats, reasons, total
 from recap.shards import count_images, shard_name
-from recap.storage import check_writable, clean, identities, is_local, names
+from recap.storage import Identity, check_writable, clean, identities, is_local, names
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,13 @@ def run(stage: StageDir, shards: list[str], captioner: CaptionerConfig, tuned: P
 
 def _check_output(out: str, shards: list[str]) -> None:
     """Refuse to write over the input."""
-    def folder(shard: str) -> str | Path:
-        return Path(shard).resolve().parent if is_local(shard) else shard.rpartition("/")[0]
+    def folders(shard: str) -> list[str | Path]:
+        """A link's own, and that of what it leads to."""
+        path = Path(shard)
+        return [path.parent.resolve(), path.resolve().parent] if is_local(shard) else [shard.rpartition("/")[0]]
 
     place = Path(out).resolve() if is_local(out) else out
-    if at := next((shard for shard in shards if folder(shard) == place), None):
+    if at := next((shard for shard in shards if place in folders(shard)), None):
         raise UserError(f"relabel.output: {out} holds {shard_name(at)} of the input, which would be written over: "
                         "choose another folder")
 
@@ -92,21 +94,30 @@ def _check_output(out: str, shards: list[str]) -> None:
 def _finished_before(job: Job, shards: list[str], stale: Stale) -> dict[str, Stats]:
     """The stats of the shards that an earlier try has finished; not of those that are to be made again.
 
-    Of other settings, `stale` says which are; of another version of the input, all.
+    Of other settings, `stale` says which are; so of files that only have another time, which a copy gives them; of
+    another version of the input, all.
     """
     present = names(job.out)
     done = [shard for shard in shards if f"{shard_name(shard)}_stats.json" in present]
     found = dict(zip(done, ahead(lambda shard: read_stats(job.out, shard), done, 32), strict=True))
     inputs = identities(done)
-    changed = [shard for shard, stats in found.items() if stats["input"] != inputs.get(shard)]
+    changed = [shard for shard, stats in found.items()
+               if not _is_same(shard, stats["input"], inputs.get(shard), stale == "go_on")]
     others = [shard for shard, stats in found.items() if stats["settings"] != job.settings and shard not in changed]
     if stale == "refuse" and (wrong := changed or others):
         what = "of another input" if changed else "of other settings"
-        keep = "" if changed else "keep them with --go-on, or "
+        those = "those that only have another time" if changed else "them"
         raise UserError(f"relabel: {job.out} holds {len(wrong)} shards {what}, {shard_name(wrong[0])} for one: choose "
-                        f"another relabel.output, or {keep}make them again with --redo")
+                        f"another relabel.output, or keep {those} with --go-on, or make them again with --redo")
     again = {*changed, *(others if stale == "redo" else [])}
     return {shard: stats for shard, stats in found.items() if shard not in again}
+
+
+def _is_same(shard: str, before: Identity | None, now: Identity | None, is_copy: bool) -> bool:
+    """Whether two versions of a shard are one; a copy on a disk has another time."""
+    if is_copy and is_local(shard) and before and now:
+        return before[:2] == now[:2]
+    return before == now
 
 
 def _finish(job: Job, stage: StageDir, found: list[Stats], shards: list[str]) -> dict[str, Any]:

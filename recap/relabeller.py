@@ -58,6 +58,8 @@ class Prepared:
     """Found while the batch was read."""
     is_last: bool = False
     """Of its shard."""
+    error: MemoryError | None = None
+    """Why there is no more of the shard."""
 
 
 @dataclass(slots=True)
@@ -137,14 +139,22 @@ class Relabeller:
     # --- in a thread of its own ---
 
     def _prepare(self, shard: str) -> Iterator[Prepared]:
-        """The batches of a shard; the last one is empty, and has the rejects of its end."""
+        """The batches of a shard; the last one is empty, and has the rejects of its end, or says that it is none."""
+        try:
+            yield from self._batches(shard)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            yield Prepared(shard, [], None, [], is_last=True, error=MemoryError(str(error)))
+
+    def _batches(self, shard: str) -> Iterator[Prepared]:
         rejects: list[Reject] = []
         self.read[shard] = Read(self.batch_size, identities([shard]).get(shard))
         seen = Seen(self.config.images)
         samples = self._large_enough(decoded(shard, self.job.data, self.decoders, rejects), rejects)
         for batch in batches(samples, self.batch_size):
             items, new = [], []
-            looked = in_halves(self.scores.look, [image for _, image in batch], "relabel.images")
+            looked = in_halves(self.scores.look, [image for _, image in batch])
             for (sample, image), scored in zip(batch, looked, strict=True):
                 place, is_new = (0, False) if scored.reason else seen.place(sample.image_bytes, image)
                 reason = scored.reason or ("duplicate_image" if self._is_dropped(is_new) else None)
@@ -219,12 +229,12 @@ class Relabeller:
         the end.
         """
         shard, out, counts = made.shard, self.job.out, made.counts
-        remove(stats_url(out, shard))  # an earlier try's, of another input or other settings
-        output.close()
+        with output:
+            remove(stats_url(out, shard))  # an earlier try's, of another input or other settings
         write_json(partial_file(written(self.config.format, out, shard_name(shard))), made.statistics.partial())
         warn_of(made.rejects, shard, out)
         stats = stats_of(shard, out, made.num_written, made.rejects, captions=dict(sorted(counts.items())),
-                         settings=self.job.settings, input=self.read[shard].input, seal=made.seal.hexdigest())
+                         settings=self.job.settings, input=self.read[shard].input, seal=made.seal.content())
         write_json(stats_url(out, shard), stats)
         return shard, stats
 
@@ -245,11 +255,13 @@ class Made:
         """Of faults, and of what followed."""
         self.num_written = 0
         self.statistics = CaptionStatistics(["alt", *relabeller.job.styles, "mix"])
-        self.seal = Seal()
+        self.seal = Seal(relabeller.job.styles)
 
     def pixels(self, parts: Iterable[Prepared]) -> Iterator[Any]:
         """What the captioner is given, while the shard is read."""
         for part in parts:
+            if part.error:
+                raise part.error
             self.items.extend(part.items)
             self.rejects.extend(part.rejects)
             self._go_on()  # with images that were captioned before

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from recap.errors import BadSample
@@ -11,22 +12,25 @@ from recap.sample import Sample
 class Seal:
     """The hash of a shard's captions and records, in whatever order and format they are kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, styles: Iterable[str]) -> None:
+        """Begin with the styles that are counted in, beside the mix; a shard's other captions are its input's."""
+        self.styles = sorted(styles)
         self._digests: list[bytes] = []
 
     def add(self, sample: Sample, record: dict[str, Any]) -> None:
-        """Count in a sample: key, the captions that its record tells of, the mix, and the record.
+        """Count in a sample: key, captions, and what is said of them.
 
         Args:
             sample: with its captions.
             record: what its `recap.json` holds.
         """
-        texts = {style: _text(sample, style) for style in [*record["captions"], "mix"]}
+        texts = {style: _text(sample, style) for style in [*self.styles, "mix"]}
         said = [sample.key, texts, record["captions"], record.get("image")]
         self._digests.append(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest())
 
-    def hexdigest(self) -> str:
-        return hashlib.sha256(b"".join(sorted(self._digests))).hexdigest()
+    def content(self) -> dict[str, Any]:
+        """For the stats."""
+        return {"styles": self.styles, "sha256": hashlib.sha256(b"".join(sorted(self._digests))).hexdigest()}
 
 
 def _text(sample: Sample, style: str) -> str | None:

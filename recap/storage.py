@@ -48,6 +48,8 @@ VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "Last-Modified", "LastModified
 NETWORKS = {"aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub",
             "requests", "s3fs", "urllib3"}
 """Packages whose exceptions mean that something went wrong elsewhere."""
+OLD = 7 * 86400.0
+"""Seconds after which a file that nobody has gone on with is left over, whoever built it."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a system says of a disk that holds no more, or no more of this user."""
 T = TypeVar("T")
@@ -215,7 +217,8 @@ def _info(url: str) -> dict[str, Any] | None:
 def _identity(url: str, info: dict[str, Any]) -> Identity:
     size = info.get("size")
     version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
-    return [PurePosixPath(url).name, -1 if size is None else int(size), version]
+    path = url.partition("?")[0] if url.startswith("http") else url  # a signature is another every day
+    return [PurePosixPath(path).name, -1 if size is None else int(size), version]
 
 
 def exists(url: str) -> bool:
@@ -459,6 +462,14 @@ def clean(folder: str) -> None:
         found = re.fullmatch(pattern, name)
         if found and (int(found[1]) == os.getpid() or not _is_running(int(found[1]))):
             discard(where / name, str(where))
+        elif re.fullmatch(r"\..*\.[0-9a-f]{8}-[0-9]+\.tmp", name) and _is_old(where / name):
+            discard(where / name, str(where))  # of a machine or container that is no more
+
+
+def _is_old(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > OLD
+    return False
 
 
 def _is_running(process: int) -> bool:

@@ -143,7 +143,7 @@ class _Shard:
         self.shard, self.out, self.styles = shard, out, styles
         self.kind, self.mix, self.folder_caption = config.format, list(config.mix), config.folder_caption
         self.name = shard_name(shard)
-        self.seal = Seal()
+        self.seal = Seal([])
         self.own = {*map(caption_extension, (*styles, "mix")), "recap.json"}
         """Members that relabelling writes, in place of those that were there."""
         self.found = Verified(num_shards=1)
@@ -177,6 +177,11 @@ class _Shard:
         if not (isinstance(stats, dict) and isinstance(stats.get("settings"), str)
                 and isinstance(stats.get("status_dict"), dict)):
             raise _Damaged("its stats are damaged")
+        seal = stats.get("seal")
+        if not (isinstance(seal, dict) and isinstance(seal.get("styles"), list)
+                and all(isinstance(style, str) for style in seal["styles"])):
+            raise _Damaged("its stats are damaged")
+        self.seal = Seal(seal["styles"])
         return stats
 
     def _quarantine(self, stats: dict[str, Any]) -> Counter[tuple[str, str]]:
@@ -273,6 +278,8 @@ class _Shard:
             except BadSample as error:
                 faults.append(f"its {style} caption cannot be read: {error}")
         num_captions = len(self.styles) - len(faults)
+        if self.kind != "shards" and set(self.mix) - set(self.styles):
+            return num_captions, faults  # what it was drawn from may be in the input alone
         any_kind = (name for name in members if name.endswith(".txt") and name != "mix.txt")
         choice = {members[name] for name in map(caption_extension, self.mix) if name in members} if self.mix \
             else {members[name] for name in any_kind}
@@ -368,7 +375,7 @@ class _Shard:
                  if said.get(name, 0) != true.get(name, 0)]
         if wrong:
             self._note("", f"its stats say {'; '.join(wrong)}")
-        elif not self.found.num_findings and stats.get("seal") != self.seal.hexdigest():
+        elif not self.found.num_findings and stats["seal"] != self.seal.content():
             self._note("", "its captions, or what is said of them, were changed since")
 
 

@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import os
 import tarfile
 import threading
 import time
@@ -30,6 +31,7 @@ from recap.relabeller import Prepared, Relabeller
 from recap.rundir import StageDir, Stale
 from recap.sample import Sample
 from recap.shards import Reject, ShardWriter, read_shard
+from recap.verify import verify
 
 STYLES = {"short": Style(prompt="A short caption:", max_new_tokens=6),
           "long": Style(prompt="In detail:", max_new_tokens=9)}
@@ -244,9 +246,28 @@ def test_a_shard_of_another_version_of_the_input_is_made_again(small: list[str],
         assert all(after[name] == before[name] for name in before if name.endswith(".tar") and name != "00001.tar")
 
 
+def test_a_copy_of_the_input_is_another_unless_one_goes_on(small: list[str], tmp_path: Path, world_models: Path
+                                                           ) -> None:
+    out, config = tmp_path / "out", Relabel(batch_size=4, output=str(tmp_path / "set"))
+    relabelled(small, out, world_models, config=config)
+    before = files(tmp_path / "set")
+    for shard in small:
+        os.utime(shard, (1, 1))
+    with pytest.raises(UserError, match=r"4 shards of another input, .* keep those that only have another time with"):
+        relabelled(small, out, world_models, config=config)
+    relabelled(small, out, world_models, config=config, stale="go_on")
+    assert files(tmp_path / "set") == before
+
+
 @pytest.mark.parametrize("kind", ["shards", "parquet"])
 def test_the_input_is_not_written_over(small: list[str], tmp_path: Path, world_models: Path, kind: Any) -> None:
     before = files(tmp_path / "small")
+    (tmp_path / "links").mkdir()
+    for shard in small:
+        (tmp_path / "links" / Path(shard).name).symlink_to(shard)
+    with pytest.raises(UserError, match="holds 00000 of the input"):
+        relabelled([str(path) for path in sorted((tmp_path / "links").iterdir())], tmp_path / "out", world_models,
+                   config=Relabel(output=str(tmp_path / "links")))
     for out in (tmp_path / "small", tmp_path / "x" / ".." / "small"):
         with pytest.raises(UserError, match="holds 00000 of the input"):
             relabelled(small, tmp_path / "out", world_models, config=Relabel(format=kind, output=f"{out}/"))
@@ -288,6 +309,14 @@ def test_memory_that_suffices_for_one_image_at_a_time_suffices_for_filters_and_c
             return work(self, images, *others)
         return limited
 
+    preprocess, calls = Blip2.preprocess, iter(range(100))
+
+    def sometimes(self: Blip2, images: list[Image.Image]) -> torch.Tensor:
+        if next(calls) in (0, 4):  # of a shard's first batch, and of a later one
+            raise MemoryError
+        return preprocess(self, images)
+
+    monkeypatch.setattr(Blip2, "preprocess", sometimes)
     monkeypatch.setattr(ImageScores, "look", with_little(ImageScores.look))
     monkeypatch.setattr(CaptionChecks, "check", with_little(CaptionChecks.check))
     relabelled(small, tmp_path / "small-memory", world_models)
@@ -365,6 +394,24 @@ def test_repeats_of_an_image_are_written_while_the_shard_is_read(
         list(relabeller.relabel([str(shard)]))
     assert len(waiting) == 21 and max(waiting) <= 12
     assert len(read(tmp_path / "out" / "00000.tar")) == 40
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet", "folder"])
+def test_what_was_relabelled_before_becomes_a_whole_set_in_any_format(small: list[str], tmp_path: Path,
+                                                                      world_models: Path, kind: Any) -> None:
+    """Its mix may be of a caption that is in the input alone; one that is no text is none."""
+    record = {"schema": 1, "captions": {"long": {"captioner": "x"}, "alt": {}, "old": {}, "huge": {"x": "y" * 200_000}}}
+    shard = tmp_path / "earlier" / "00000.tar"
+    with ShardWriter(str(shard)) as writer:
+        for place, sample in enumerate(read(Path(small[0]))):
+            writer.write(Sample("00000", sample.key, sample.members | {
+                "long.txt": b"\xff" if place == 2 else b" Long  before. ", "OLD.TXT": b"old",
+                "recap.json": json.dumps(record).encode()}))
+    config = Relabel(batch_size=4, format=kind, mix={"short": 1, "long": 9})
+    short = {"short": STYLES["short"]}
+    result = relabelled([str(shard)], tmp_path / "out", world_models, short, config)
+    assert result["images_out"] == 6
+    assert verify([str(shard)], str(tmp_path / "out"), config, ["short"]).findings == []
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder"])

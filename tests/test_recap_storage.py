@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -491,6 +492,14 @@ def test_lists_name_shards_local_and_remote(bucket: str, tmp_path: Path) -> None
         expand(str(tmp_path / "none.txt"))
 
 
+def test_another_signature_is_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "00000.tar").write_bytes(CONTENT)
+    with web(tmp_path, True) as url:
+        found = storage.identities([f"{url}/00000.tar?sig={place}" for place in "ab"])
+    first, second = found.values()
+    assert first == second and first[:2] == ["00000.tar", len(CONTENT)]
+
+
 def test_there_is_nothing_in_a_folder_that_is_not_there(bucket: str, tmp_path: Path) -> None:
     assert storage.names(f"{bucket}/nowhere") == storage.names(str(tmp_path / "nowhere")) == set()
     storage.remove(f"{bucket}/nowhere/x")
@@ -589,8 +598,10 @@ def test_what_killed_processes_left_is_removed_and_what_others_build_is_not(tmp_
     folder = left_by(2**22 + 1, "b")
     own, running = left_by(os.getpid(), "c.tar"), left_by(os.getppid(), "d.tar")
     other = tmp_path / ".e.tar.01234567-4194305.tmp"  # of another machine
-    for path in (gone, own, running, other, tmp_path / "00000.tar"):
+    old = tmp_path / ".f.tar.01234567-4194305.tmp"
+    for path in (gone, own, running, other, old, tmp_path / "00000.tar"):
         path.write_bytes(b"x")
+    os.utime(old, (time.time() - 8 * 86400,) * 2)
     folder.mkdir()
     (folder / "x").write_bytes(b"x")
     storage.clean(str(tmp_path))

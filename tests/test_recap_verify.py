@@ -44,11 +44,14 @@ def relabelled(each: Sample) -> Sample:
     return Sample(each.shard, each.key, each.members | texts | {"mix.txt": texts["long.txt"], "recap.json": record})
 
 
-def seal(samples: list[Sample]) -> str:
-    found = Seal()
+def seal(samples: list[Sample]) -> dict[str, Any]:
+    found = Seal(STYLES)
     for each in samples:
         found.add(each, json.loads(each.members["recap.json"]))
-    return found.hexdigest()
+    return found.content()
+
+
+WHOLE = [relabelled(sample(place)) for place in range(10) if place != 4]
 
 
 class Set:
@@ -195,7 +198,8 @@ def test_stats_and_quarantine_are_held_to_what_is_there(shards: Set) -> None:
     assert shards.found() == []  # as --go-on makes them
     assert report(shards.verified()).splitlines()[-1] == (
         "made with 2 different settings: 1 shards of s, 1 shards of other")
-    changed = [json.dumps(whole | each) for each in ({"status_dict": [1]}, {"settings": 1})]
+    changed = [json.dumps(whole | each) for each in ({"status_dict": [1]}, {"settings": 1}, {"seal": "x"},
+                                                     {"seal": {"styles": [1]}})]
     for broken in ("{", "[]", "[" * 100_000, *changed):
         stats.write_text(broken)
         assert shards.found() == ["00001: its stats are damaged"]
@@ -220,7 +224,7 @@ def test_stats_and_quarantine_are_held_to_what_is_there(shards: Set) -> None:
 ])
 def test_every_sample_is_accounted_for_once(shards: Set, rejects: list[tuple[str, str]], expected: str) -> None:
     listed = [Reject("00001", key, reason) for key, reason in rejects]
-    stats = stats_of(shards.shards[1], shards.out, 9, listed, settings="s", seal="")
+    stats = stats_of(shards.shards[1], shards.out, 9, listed, settings="s", seal=seal(WHOLE))
     write_json(f"{shards.out}/00001_stats.json", stats)
     assert shards.found() == [f"00001/{expected}"]
 
