@@ -108,11 +108,17 @@ def faulty(port: int, share: float = 0.1, seed: int = 0, stall: float = 4.0) -> 
 
 @contextmanager
 def s3() -> Iterator[int]:
-    """Moto's S3 server; its port."""
+    """Moto's S3 server with an empty bucket, `recap`; its port. In one process, all of them hold the same buckets."""
     from moto.server import ThreadedMotoServer
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
-        yield server.get_host_and_port()[1]
+        port = server.get_host_and_port()[1]
+        for method, path in (("POST", "/moto-api/reset"), ("PUT", "/recap")):
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.request(method, path)
+            assert connection.getresponse().status == 200
+            connection.close()
+        yield port
     finally:
         server.stop()

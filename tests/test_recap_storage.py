@@ -1,7 +1,6 @@
 """Storage: what is read and written is whole, whatever the network does to it; what can't be mended is one line."""
 
 import functools
-import http.client
 import io
 import json
 import os
@@ -46,10 +45,6 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(scope="module")
 def s3_port() -> Iterator[int]:
     with s3() as port:
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.request("PUT", "/recap")
-        assert connection.getresponse().status == 200
-        connection.close()
         yield port
 
 
