@@ -382,6 +382,7 @@ def test_repeats_of_an_image_are_written_while_the_shard_is_read(
         for place in range(40):
             writer.write(Sample("00000", f"{place:04d}", members))
     waiting: list[int] = []
+    gc.collect()  # what other tests have left
     with worker(tmp_path, world_models) as relabeller:
         prepare = relabeller._prepare
 
