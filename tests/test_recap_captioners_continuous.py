@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import OPTConfig, OPTForCausalLM
 
+from recap.captioners import continuous
 from recap.captioners.blip2 import Blip2
 from recap.captioners.continuous import Begun, Slots, decode, read_prompts
 from recap.config import Style
@@ -46,9 +47,17 @@ def generated(model: Any, features: torch.Tensor, prompt: list[int], max_new_tok
     return [row[:row.index(END) + 1] if END in row else row for row in rows]
 
 
+class AsRecorded(Slots):
+    """Computes what a step that a GPU has recorded computes: all slots, and positions up to a bucket's end."""
+
+    def step(self, num_rows: int, num_positions: int) -> list[int]:
+        self._compute(self.num_slots, self.bucket(num_positions))
+        return self.tokens[:num_rows].tolist()
+
+
 @torch.no_grad()
 def decoded(model: Any, features: torch.Tensor, max_new_tokens: list[int], batch: int, num_slots: int,
-            asked: list[int]) -> Iterator[tuple[tuple[int, int], list[int]]]:
+            asked: list[int], kind: type[Slots] = Slots) -> Iterator[tuple[tuple[int, int], list[int]]]:
     """Captions as they come; `asked` is told of the images that were asked for."""
     def begun() -> Iterator[Begun[tuple[int, int]]]:
         for start in range(0, len(features), batch):
@@ -60,7 +69,7 @@ def decoded(model: Any, features: torch.Tensor, max_new_tokens: list[int], batch
     captions = begun()
     first = next(captions)
     length = NUM_QUERIES + max(map(len, PROMPTS)) + max(max_new_tokens)
-    yield from decode(Slots(model, num_slots, length, first.cache), chain([first], captions), END)
+    yield from decode(kind(model, num_slots, length, first.cache), chain([first], captions), END)
 
 
 def test_the_model_ends_some_captions_at_once_some_later_and_some_never(model: Any, features: torch.Tensor) -> None:
@@ -68,12 +77,15 @@ def test_the_model_ends_some_captions_at_once_some_later_and_some_never(model: A
     assert {1, 20} <= lengths and len(lengths) > 4
 
 
-@settings(max_examples=25)
-@given(batch=st.integers(1, NUM_IMAGES), num_slots=st.integers(1, 40),
+@pytest.mark.parametrize("kind", [Slots, AsRecorded])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=st.integers(1, NUM_IMAGES), num_slots=st.integers(1, 40), bucket=st.sampled_from([1, 5, 64]),
        max_new_tokens=st.lists(st.integers(1, 20), min_size=3, max_size=3))
-def test_every_caption_is_that_of_generate(model: Any, features: torch.Tensor, batch: int, num_slots: int,
+def test_every_caption_is_that_of_generate(model: Any, features: torch.Tensor, monkeypatch: pytest.MonkeyPatch,
+                                           kind: type[Slots], batch: int, num_slots: int, bucket: int,
                                            max_new_tokens: list[int]) -> None:
-    found = dict(decoded(model, features, max_new_tokens, batch, num_slots, []))
+    monkeypatch.setattr(continuous, "BUCKET", bucket)
+    found = dict(decoded(model, features, max_new_tokens, batch, num_slots, [], kind))
     assert found == {(image, style): row for style, prompt in enumerate(PROMPTS)
                      for image, row in enumerate(generated(model, features, prompt, max_new_tokens[style]))}
 

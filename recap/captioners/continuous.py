@@ -114,10 +114,14 @@ class Slots:
         """The next tokens of the first rows, whose longest has so many positions."""
         if self.places.is_cuda:
             with torch.cuda.device(self.places.device):  # streams and graphs are of the current one
-                self._replay(min(-(-(num_positions + 1) // BUCKET) * BUCKET, self.length))
+                self._replay(self.bucket(num_positions))
         else:
             self._compute(num_rows, num_positions + 1)
         return self.tokens[:num_rows].tolist()
+
+    def bucket(self, num_positions: int) -> int:
+        """How many positions a recorded step looks at, where the longest row has so many."""
+        return min(-(-(num_positions + 1) // BUCKET) * BUCKET, self.length)
 
     def _compute(self, num_rows: int, num_seen: int) -> None:
         """Put the next tokens of the first rows in the place of the last ones, looking at so many positions."""
