@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import OPTConfig, OPTForCausalLM
 
 from recap.captioners import continuous
@@ -117,3 +118,17 @@ def test_blip2_says_the_same_in_all_styles_at_once_as_in_one_by_one(world_models
     found = dict(captioner.captions(batches, styles, num_slots))
     assert [found[place] for place in range(8)] == expected
     assert len({caption.text for caption in (each["long"] for each in expected)}) > 4
+
+
+def test_a_step_stays_on_its_device_and_never_asks_for_a_value() -> None:
+    """Else a GPU could not record it: a fake tensor has a device, and no value to give."""
+    config = OPTConfig(hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=64,
+                       vocab_size=16, max_position_embeddings=64)
+    with FakeTensorMode(), torch.no_grad():
+        with torch.device("cuda"):
+            model = OPTForCausalLM(config).eval()
+        slots = Slots(model, 8, 40, torch.zeros(2, 2, 3, 2, 10, 16, device="cuda"))
+        slots._compute(8, 32)
+        assert slots.tokens.device.type == slots.lengths.device.type == "cuda"
+        with pytest.raises(DataDependentOutputException):  # as is `step`, which reads the tokens afterwards
+            slots.tokens.tolist()
