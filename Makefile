@@ -30,7 +30,7 @@ $(READY): requirements.lock pyproject.toml
 
 setup: $(READY)  ## Install recap and what it needs into .venv
 
-demo: $(READY)  ## The paper's experiment on drawn images and tiny models: about 23 minutes on 2 cores
+demo: $(READY)  ## The paper's experiment on drawn images and tiny models: 9 to 25 minutes on 2 cores
 	@$(BIN)/recap world draw runs/world/shards
 	@$(BIN)/recap world init runs/world/models
 	@$(BIN)/recap run -c configs/tiny.toml
