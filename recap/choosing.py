@@ -40,10 +40,7 @@ class Item:
         """What the shard says. Alt-text that can't be read comes so far only where it is optional, and counts as
         none.
         """
-        try:
-            return self.sample.caption("alt") or ""
-        except BadSample:
-            return ""
+        return self.sample.readable("alt") or ""
 
 
 @dataclass(frozen=True, slots=True)

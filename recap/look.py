@@ -16,7 +16,7 @@ from recap import progress
 from recap.config import Data
 from recap.config.stitch import Stitch
 from recap.decoders import Decoders
-from recap.errors import BadSample, UserError
+from recap.errors import UserError
 from recap.experts import Expert, View, open_expert
 from recap.facts import Found, read_facts, write_facts
 from recap.rundir import StageDir
@@ -141,10 +141,7 @@ def _first_part(image: Image.Image) -> Image.Image:
 
 def _alt_text(sample: Sample) -> str:
     """What the shard says. Alt-text that can't be read comes so far only where it is optional, and counts as none."""
-    try:
-        return sample.caption("alt") or ""
-    except BadSample:
-        return ""
+    return sample.readable("alt") or ""
 
 
 def _tags(path: Path) -> dict[str, list[str]]:

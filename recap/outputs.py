@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, Self
 
 from recap.caption_tables import TableWriter, table_url
-from recap.errors import BadSample, UserError
+from recap.errors import UserError
 from recap.sample import Sample
 from recap.shards import ShardWriter
 from recap.storage import discard, is_local, publish, temporary
@@ -123,11 +123,7 @@ def _texts(sample: Sample) -> dict[str, str]:
         kind = "alt" if extension.lower() == "txt" else extension.removesuffix(".txt")
         if kind == extension:
             continue
-        try:
-            text = sample.caption(kind)
-        except BadSample:
-            continue
-        if text is not None:
+        if (text := sample.readable(kind)) is not None:
             texts[kind] = text
     return texts
 

@@ -8,10 +8,8 @@ from recap.choosing import Chosen, Item
 from recap.chunks import split
 from recap.clip_bpe import clip_tokenizer
 from recap.config import Style
-from recap.errors import BadSample
 from recap.sample import MAX_JSON_BYTES, Sample
-
-SCHEMA = 1
+from recap.seal import SCHEMA
 
 
 class Recorder:
@@ -42,7 +40,7 @@ class Recorder:
         """Captions and mix. A style that the shard already had is replaced in its place."""
         texts = {f"{style}.txt": each.caption.text.encode() for style, each in chosen.items()}
         present = Sample(sample.shard, sample.key, sample.members | texts)  # a style of an earlier relabelling as well
-        kinds = [kind for kind in sorted(self.mix) if _is_text(present, kind)]
+        kinds = [kind for kind in sorted(self.mix) if present.readable(kind) is not None]
         if kinds:
             draw = random.Random(f"{self.seed}/{sample.key}")
             kind = draw.choices(kinds, [self.mix[kind] for kind in kinds])[0]
@@ -56,13 +54,6 @@ class Recorder:
                 "decoding": style.model_dump(exclude={"prompt"}) | chosen.instead,
                 "num_clip_tokens": windows.num_tokens, "num_clip_windows": len(windows.ids),
                 "scores": chosen.found.scores, "flags": chosen.found.faults}
-
-
-def _is_text(sample: Sample, kind: str) -> bool:
-    try:
-        return sample.caption(kind) is not None
-    except BadSample:
-        return False
 
 
 def earlier_record(sample: Sample) -> dict[str, Any]:

@@ -101,15 +101,15 @@ def _finished_before(job: Job, shards: list[str], stale: Stale) -> dict[str, Sta
     done = [shard for shard in shards if f"{shard_name(shard)}_stats.json" in present]
     found = dict(zip(done, ahead(lambda shard: read_stats(job.out, shard), done, 32), strict=True))
     inputs = identities(done)
-    changed = [shard for shard, stats in found.items()
-               if not _is_same(shard, stats["input"], inputs.get(shard), stale == "go_on")]
-    others = [shard for shard, stats in found.items() if stats["settings"] != job.settings and shard not in changed]
-    if stale == "refuse" and (wrong := changed or others):
+    changed = {shard: stats for shard, stats in found.items()
+               if not _is_same(shard, stats["input"], inputs.get(shard), stale == "go_on")}
+    others = {shard: stats for shard, stats in found.items() if stats["settings"] != job.settings}
+    if stale == "refuse" and (wrong := list(changed or others)):
         what = "of another input" if changed else "of other settings"
         those = "those that only have another time" if changed else "them"
         raise UserError(f"relabel: {job.out} holds {len(wrong)} shards {what}, {shard_name(wrong[0])} for one: choose "
                         f"another relabel.output, or keep {those} with --go-on, or make them again with --redo")
-    again = {*changed, *(others if stale == "redo" else [])}
+    again = changed | (others if stale == "redo" else {})
     return {shard: stats for shard, stats in found.items() if shard not in again}
 
 

@@ -66,6 +66,13 @@ class Sample:
         data = self.member(caption_extension(kind))
         return None if data is None else decode_text(data, kind)
 
+    def readable(self, kind: str) -> str | None:
+        """The same; None for what is no text as well."""
+        try:
+            return self.caption(kind)
+        except BadSample:
+            return None
+
     def member(self, extension: str) -> bytes | None:
         """The content of a member, whatever the case of its extension (`TXT`), as webdataset reads it."""
         if extension in self.members:

@@ -5,8 +5,10 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from recap.errors import BadSample
 from recap.sample import Sample
+
+SCHEMA = 1
+"""Of `KEY.recap.json`."""
 
 
 class Seal:
@@ -24,17 +26,10 @@ class Seal:
             sample: with its captions.
             record: what its `recap.json` holds.
         """
-        texts = {style: _text(sample, style) for style in [*self.styles, "mix"]}
+        texts = {style: sample.readable(style) for style in [*self.styles, "mix"]}
         said = [sample.key, texts, record["captions"], record.get("image")]
         self._digests.append(hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest())
 
     def content(self) -> dict[str, Any]:
         """For the stats."""
         return {"styles": self.styles, "sha256": hashlib.sha256(b"".join(sorted(self._digests))).hexdigest()}
-
-
-def _text(sample: Sample, style: str) -> str | None:
-    try:
-        return sample.caption(style)
-    except BadSample:
-        return None

@@ -18,13 +18,11 @@ from recap.config.relabel import Relabel
 from recap.errors import BadSample, UserError
 from recap.outputs import Format, file_name, written
 from recap.sample import IMAGE_EXTENSIONS, Sample, caption_extension, decode_text
-from recap.seal import Seal
+from recap.seal import SCHEMA, Seal
 from recap.shard_work import ahead, quarantine_file
 from recap.shards import Reject, read_shard, shard_name
 from recap.storage import exists, is_local, names, open_seekable, read_bytes
 
-SCHEMA = 1
-"""Of `KEY.recap.json`."""
 MAX_KEPT, MAX_SHOWN = 1000, 20
 """Findings that are kept, and of these, that are printed."""
 MAX_TEXT = 1000
@@ -359,10 +357,7 @@ class _Shard:
             kept = {IMAGE: _hash(sample.image_bytes)}
         except BadSample:
             return {IMAGE: b""}  # which no image has
-        try:
-            alt_text = sample.caption("alt") if self.kind == "folder" else None
-        except BadSample:  # a folder leaves it out
-            return kept
+        alt_text = sample.readable("alt") if self.kind == "folder" else None  # what is no text, a folder leaves out
         return kept if alt_text is None else kept | {ALT_TEXT: _hash(alt_text.encode())}
 
     def _check_stats(self, stats: dict[str, Any], num_written: int, quarantine: Counter[tuple[str, str]]) -> None:
