@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
 from recap.errors import BadSample
 
@@ -21,6 +22,9 @@ MAX_IMAGE_PIXELS = 100_000_000
 MAX_TEXT_BYTES = 100_000
 MAX_JSON_BYTES = 2**20
 """Of metadata; parsed, they take some twenty times as much memory."""
+ORIENTATION = 0x0112
+"""The tag of EXIF for how the camera was held."""
+ON_ITS_SIDE = (5, 6, 7, 8)
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"
 
 
@@ -57,9 +61,9 @@ class Sample:
         """The encoded image; `BadSample` where there is none, or more than one."""
         return self.members[self.image_extension]
 
-    def image(self) -> Image.Image:
-        """The decoded image: RGB, upright, one frame."""
-        return decode_image(self.image_bytes)
+    def image(self, min_side: int | None = None) -> Image.Image:
+        """The decoded image: RGB, upright, one frame. See `decode_image`."""
+        return decode_image(self.image_bytes, min_side)
 
     def caption(self, kind: str) -> str | None:
         """The caption of one kind, or None. `alt` is the alt-text `KEY.txt`; any other kind is `KEY.KIND.txt`."""
@@ -127,18 +131,34 @@ def visible(text: str) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
-def decode_image(data: bytes) -> Image.Image:
+def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """Encoded image → RGB `PIL.Image`, first frame, EXIF orientation applied, transparency on white.
+
+    Args:
+        data: of a JPEG, PNG or WebP.
+        min_side: the shorter side that is needed, in pixels: of a much larger JPEG, no more is decoded than a half, a
+            quarter or an eighth of the size, as long as that is not less.
 
     Raises:
         BadSample: `undecodable_image`, or `oversized_image` above MAX_IMAGE_PIXELS (a decompression bomb).
     """
     with _malformed():
-        image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-        if image.width * image.height > MAX_IMAGE_PIXELS:
-            raise BadSample("oversized_image", f"{image.width}×{image.height} pixels")
+        image = _opened(data)
+        if min_side is not None:
+            image.draft(None, (min_side, min_side))
         image.load()
         return _on_white(_upright(image))
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """Width and height that an encoded image says it has, upright, before it is decoded.
+
+    Raises:
+        BadSample: `undecodable_image`, where it says nothing, or `oversized_image`.
+    """
+    with _malformed():
+        image = _opened(data)
+        return image.size[::-1] if _orientation(image) in ON_ITS_SIDE else image.size
 
 
 def count_pixels(data: bytes) -> int:
@@ -164,11 +184,28 @@ def _malformed() -> Iterator[None]:
         raise BadSample("undecodable_image", f"{type(error).__name__}: {error}") from error
 
 
+def _opened(data: bytes) -> ImageFile:
+    """Not decoded yet."""
+    image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise BadSample("oversized_image", f"{image.width}×{image.height} pixels")
+    return image
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)  # which copies any other as well
     except Exception:  # noqa: BLE001  (malformed EXIF costs the orientation, not the image)
         return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, as EXIF counts it; 1, upright, where the image doesn't say."""
+    try:
+        found: int = Image.Image.getexif(image).get(ORIENTATION, 1)  # PNG's own `getexif` would decode the image
+    except Exception:  # noqa: BLE001  (as for `_upright`)
+        return 1
+    return found
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recap.errors import BadSample
-from recap.sample import Sample, decode_image, decode_text
+from recap.sample import Sample, decode_image, decode_text, image_size
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -59,31 +59,87 @@ def test_only_web_image_formats_are_decoded() -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_decode_or_are_rejected(data: bytes) -> None:
-    try:
-        decode_image(data)
-    except BadSample as error:
-        assert error.reason in ("undecodable_image", "oversized_image")
+    for read in (decode_image, image_size):
+        try:
+            read(data)
+        except BadSample as error:
+            assert error.reason in ("undecodable_image", "oversized_image")
 
 
-@given(st.integers(0, 400), st.integers(0, 255))
-def test_a_damaged_image_decodes_or_is_rejected(place: int, value: int) -> None:
-    data = bytearray(encoded(Image.radial_gradient("L").resize((16, 16)).convert("RGB"), "JPEG"))
+@given(st.integers(0, 400), st.integers(0, 255), st.sampled_from(["JPEG", "PNG", "WEBP"]), st.integers(1, 40))
+def test_a_damaged_image_decodes_or_is_rejected(place: int, value: int, kind: str, min_side: int) -> None:
+    data = bytearray(encoded(Image.radial_gradient("L").resize((40, 32)).convert("RGB"), kind))
     data[place % len(data)] = value
     with contextlib.suppress(BadSample):
-        decode_image(bytes(data))
+        image_size(bytes(data))
+    with contextlib.suppress(BadSample):
+        size = decode_image(bytes(data)).size
+        assert size == image_size(bytes(data))
+        assert min(decode_image(bytes(data), min_side).size) >= min(min_side, *size)
 
 
 def test_real_malformed_images_never_raise_anything_else(shared_data: Path) -> None:
     decoded = 0
     for line in (shared_data / "nasty_images" / "manifest.jsonl").read_text().splitlines():
-        entry = json.loads(line)
+        data = (shared_data / "nasty_images" / json.loads(line)["file"]).read_bytes()
+        with contextlib.suppress(BadSample):
+            image_size(data)
+        with contextlib.suppress(BadSample):
+            decode_image(data, 16)
         try:
-            image = decode_image((shared_data / "nasty_images" / entry["file"]).read_bytes())
+            image = decode_image(data)
         except BadSample:
             continue
         assert image.mode == "RGB"
+        assert image.size == image_size(data)
+        assert min(decode_image(data, 16).size) >= min(16, *image.size)
         decoded += 1
     assert decoded > 40  # the unusual ones are many, but most of JPEG, PNG and WebP open
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_the_size_of_an_image_is_that_of_its_upright_pixels(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.radial_gradient("L").resize((48, 32)).convert("RGB"), kind, exif=exif)
+    for min_side in (None, 8):
+        image = decode_image(data, min_side)
+        assert (image.width < image.height) == (orientation in (5, 6, 7, 8))
+    assert image_size(data) == decode_image(data).size
+
+
+def test_the_size_is_read_of_what_can_not_be_decoded_and_a_bomb_has_none() -> None:
+    data = encoded(Image.effect_noise((400, 300), 90), "PNG")
+    assert image_size(data[:len(data) // 2]) == (400, 300)
+    assert reason_of(data[:len(data) // 2]) == "undecodable_image"
+    for side in (12_000, 20_000):
+        with pytest.raises(BadSample) as caught:
+            image_size(encoded(Image.new("1", (side, side))))
+        assert caught.value.reason == "oversized_image"
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))
+def test_of_a_large_jpeg_no_more_than_is_needed_is_decoded(width: int, height: int, min_side: int) -> None:
+    data = encoded(Image.new("RGB", (width, height), (200, 100, 50)), "JPEG")
+    image = decode_image(data, min_side)
+    shorter = min(width, height)
+    assert min(image.size) >= min(min_side, shorter)
+    scale = max(scale for scale in (1, 2, 4, 8) if scale == 1 or shorter >= scale * min_side)
+    assert image.size == (-(-width // scale), -(-height // scale))
+    assert all(abs(found - wanted) < 4 for found, wanted in zip(image.getpixel((0, 0)), (200, 100, 50), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_other_formats_are_decoded_whole(kind: str) -> None:
+    data = encoded(Image.radial_gradient("L").convert("RGB"), kind)
+    assert decode_image(data, 16).tobytes() == decode_image(data).tobytes()
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
 def test_captions_are_read_by_kind_with_white_space_collapsed() -> None:
