@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from recap import __version__
-from recap.errors import UserError
+from recap.errors import Stopped, UserError
+from recap.progress import is_main
 from recap.world.cli import app as world
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -180,6 +182,7 @@ def card(
     print(make_card(folder, reference, kind, clip, device))
 
 
+_add_stage("latents", "Encode the training images once, where train.cache_latents is set.")
 _add_stage("train", "Fine-tune Stable Diffusion, once for every seed and arm.")
 _add_stage("generate", "Draw the prompts with every arm.")
 _add_stage("reference", "Compute the statistics of the real images that FID compares with.")
@@ -272,13 +275,22 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments)
     except UserError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        print("\nrecap: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except Stopped:
+        _say_stopped()
+        sys.exit(128 + signal.SIGTERM)
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGINT:  # what typer makes of Ctrl-C
+            _say_stopped()
+        raise
     except Exception as error:
         if not _is_of_the_machine(error):
             raise
         fail(f"{error}: make room or choose another runs=…, and run the same command again")
+
+
+def _say_stopped() -> None:
+    if is_main():
+        print("\nrecap: stopped; run the same command again to go on", file=sys.stderr)
 
 
 def _is_of_the_machine(error: Exception) -> bool:

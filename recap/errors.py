@@ -20,3 +20,7 @@ class BadSample(Exception):
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason
         self.detail = detail
+
+
+class Stopped(Exception):
+    """What was asked to end by SIGTERM has saved what it has; the same command goes on."""

@@ -1,4 +1,4 @@
-"""How far relabelling has got: on the terminal, and in `progress.json` for `recap status` elsewhere."""
+"""How far a work on shards has got: on the terminal, and in `progress.json` for `recap status` elsewhere."""
 
 import os
 import shutil
@@ -25,7 +25,8 @@ WRITE_EVERY = 5.0
 class Meter:
     """Counts what the workers report. One for each rank; the first one has the bar."""
 
-    def __init__(self, folder: Path, num_images: int | None, num_shards: int, finished: Iterable[Stats]) -> None:
+    def __init__(self, folder: Path, num_images: int | None, num_shards: int, finished: Iterable[Stats],
+                 name: str = "relabel") -> None:
         """Begin with what an earlier try has done.
 
         Args:
@@ -33,7 +34,9 @@ class Meter:
             num_images: of all shards, or about as many; None where that is not known.
             num_shards: in all.
             finished: stats of the shards that are done.
+            name: of the work, for the bar.
         """
+        self.name = name
         rank = os.environ.get("RANK", "0")
         self.path = folder / ("progress.json" if rank == "0" else f"progress-{rank}.json")
         self.num_images, self.num_shards = num_images, num_shards
@@ -52,7 +55,7 @@ class Meter:
         """Of the workers that there are."""
 
     def __enter__(self) -> Self:
-        self.bar = progress.bar("relabel", self.num_images, self.before)
+        self.bar = progress.bar(self.name, self.num_images, self.before)
         self.details = tqdm(total=0, position=1, bar_format="{desc}", leave=False,
                             disable=not progress.is_main() or not sys.stderr.isatty())
         self._write("running")

@@ -1,15 +1,16 @@
 """The processes of a training, by accelerate: one, or as many as torchrun or `accelerate launch` started."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 
-from recap.errors import UserError
+from recap.errors import Stopped, UserError
 
 PATIENCE = timedelta(hours=12)
 """How long processes wait for the first one, which may have to check and encode all images."""
@@ -17,19 +18,23 @@ SILENCE = 5.0
 """Seconds that a launcher needs to notice that a process has ended, and to end the others."""
 
 
-def open_accelerator(precision: str, device: str) -> Accelerator:
+def open_accelerator(precision: str, device: str, trackers: Sequence[str] = (),
+                     folder: Path | None = None) -> Accelerator:
     """An accelerator of its own for a training.
 
     Args:
         precision: `no`, `bf16` or `fp16`: autocast.
         device: `cpu` keeps it off the GPUs; `cuda:1` takes that one, where there is one process; else it takes those
             that it finds.
+        trackers: who is told of figures beside the log: `tensorboard`, `wandb`, `trackio`.
+        folder: where trackers write that write files.
     """
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
     # accelerate keeps the precision of the first training of a process for all that follow; a run has several.
     AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, cpu=device == "cpu",
+    return Accelerator(mixed_precision=precision, cpu=device == "cpu", log_with=list(trackers) or None,
+                       project_dir=folder,
                        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])
 
 
@@ -43,6 +48,8 @@ def one_voice(accelerator: Accelerator) -> Iterator[None]:
     """
     try:
         yield
+    except Stopped:
+        raise
     except Exception as error:
         says_it = accelerator.is_main_process and isinstance(error, UserError)
         if accelerator.num_processes > 1 and not says_it:

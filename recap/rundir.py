@@ -41,6 +41,8 @@ def lock(run: Path) -> Iterator[None]:
         return
     run.mkdir(parents=True, exist_ok=True)
     with open(run / ".lock", "a") as file:
+        # A worker that is forked would hold the lock, too, and for a while after this process was killed.
+        os.register_at_fork(after_in_child=file.close)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

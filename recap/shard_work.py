@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -119,7 +119,7 @@ def ahead(work: Callable[[In], Out], items: Iterable[In], threads: int) -> Itera
                 future.cancel()
 
 
-def in_background(items: Iterator[In]) -> Iterator[In]:
+def in_background(items: Iterator[In]) -> Generator[In]:
     """The items, of which the next is made in a thread while the caller works on one."""
     end = object()
     for item in ahead(lambda _: next(items, end), itertools.repeat(None), 1):
