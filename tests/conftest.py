@@ -60,6 +60,16 @@ def world_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Diffusers folders of random weights: `sd1` predicts noise, `sd2` v, and `sdxl` has two text encoders."""
+    import pipelines
+    out = tmp_path_factory.mktemp("pipelines")
+    for make in (pipelines.sd1, pipelines.sd2, pipelines.sdxl):
+        pipelines.stirred(make()).save_pretrained(out / make.__name__)
+    return out
+
+
 def recap_here(*arguments: str) -> int:
     """Run the command in this process, which need not import it all anew; its status."""
     with pytest.raises(SystemExit) as ended:
