@@ -1,6 +1,7 @@
 """`recap run`: the stages in order, each skipped when it is already done.
 
     look (expert) → stitch → finetune → relabel → train (seed, arm) → generate → evaluate (seed, arm) → report
+                                        latents ↗
 
 A stage whose input the experiment file names itself needs no stage before it, and those that nobody needs are left out.
 """
@@ -162,11 +163,12 @@ def run(exp: Experiment, verb: str | None = None, redo: bool = False, go_on: boo
     plan = Plan(exp, "redo" if redo else "go_on" if go_on else "refuse")
     chosen = [stage for stage in plan.stages() if verb in (None, stage.verb)]
     if not chosen:
-        raise UserError(f"nothing to {verb}: this experiment names that stage's result itself")
-    several = {"finetune", "relabel", "train"}
+        raise UserError("nothing to encode: set train.cache_latents=true, and train an arm" if verb == "latents" else
+                        f"nothing to {verb}: this experiment names that stage's result itself")
+    several = {"finetune", "relabel", "latents", "train"}
     if progress.num_processes() > 1 and (redo or {stage.verb for stage in chosen} - several):
-        raise UserError("only `recap finetune`, `recap relabel` and `recap train`, without --redo, run in several "
-                        "processes: run the rest in one, before or after")
+        raise UserError("only `recap finetune`, `recap relabel`, `recap latents` and `recap train`, without --redo, "
+                        "run in several processes: run the rest in one, before or after")
     for stage in chosen:
         stage.dir  # noqa: B018  (what is missing is said now, not after hours of the stages before)
     with lock(Path(exp.runs) / exp.name):
@@ -265,15 +267,16 @@ class Plan:
         stitch = self.stitch() if tuned and not given else None
         finetune = self.finetune(stitch) if tuned else None
         relabel = self.relabel(finetune) if relabelled else None
+        latents = self.latents() if exp.train.cache_latents and trained else None
         reference = self.reference()
         looks = _upstream(stitch.needs) if stitch else []
-        found = [*looks, *(stage for stage in (stitch, finetune, relabel, reference) if stage)]
+        found = [*looks, *(stage for stage in (stitch, finetune, relabel, latents, reference) if stage)]
         scored: list[tuple[int, str, Stage, Stage]] = []
         for seed in exp.seeds:
             for arm in exp.arms:
                 if arm not in trained and seed != exp.seeds[0]:
                     continue  # the base is the same for every fine-tuning seed
-                train = self.train(seed, arm, relabel) if arm in trained else None
+                train = self.train(seed, arm, relabel, latents) if arm in trained else None
                 generate = self.generate(seed, arm, train)
                 evaluate = self.evaluate(seed, arm, generate, reference)
                 found += [stage for stage in (train, generate, evaluate) if stage]
@@ -373,7 +376,19 @@ class Plan:
         config = self.exp.relabel
         return [written(config.format, self.relabel_output, shard_name(url)) for url in self.relabel_inputs.urls]
 
-    def train(self, seed: int, arm: str, relabel: Stage | None) -> Stage:
+    def latents(self) -> Stage:
+        """The training images as the VAE encodes them. Nothing in them is of captions: new ones leave them as they are.
+
+        Relabelled shards hold the original ones' images, so that those are read.
+        """
+        config = self.exp.train
+        inputs = self.relabel_inputs if config.shards is None else self.shards(config.shards, "train.shards")
+        return self._stage("latents", "latents", "train_t2i.latents:run", [], lambda: {
+            "vae": _vae(config), "resolution": config.resolution, "buckets": config.buckets, "flip": config.flip,
+            "precision": config.precision, "inputs": inputs.identity,
+        }, lambda: (inputs.urls, config, self.device))
+
+    def train(self, seed: int, arm: str, relabel: Stage | None, latents: Stage | None) -> Stage:
         exp = self.exp
         inputs = self.shards(exp.train.shards, "train.shards")
         captions = exp.train.captions
@@ -383,17 +398,19 @@ class Plan:
                 raise UserError("relabel.format=folder is for other trainers: set it to shards or parquet, or run "
                                 "`recap relabel` alone")
             tables = Inputs(f"{captions}/*.parquet", "train.captions").identity if captions else None
-            return {"train": exp.train, "arm": exp.arm[arm].model_dump(exclude={"guidance_scale"}), "seed": seed,
+            return {"train": exp.train.own(), "arm": exp.arm[arm].model_dump(exclude={"guidance_scale"}), "seed": seed,
                     "inputs": relabel.dir.fingerprint if relabel else inputs.identity, "captions": tables,
+                    "latents": latents.dir.fingerprint if latents else None,
                     "checkpoint": _checkpoint(exp.train, "train")}
 
         def arguments() -> tuple[Any, ...]:
             shards, config = (self.relabelled() if relabel else inputs.urls), exp.train
             if relabel and exp.relabel.format == "parquet":  # the images are where they were
                 shards, config = self.relabel_inputs.urls, config.model_copy(update={"captions": self.relabel_output})
-            return shards, config, exp.arm[arm], seed, arm, self.device
+            return shards, config, exp.arm[arm], seed, arm, self.device, latents.path if latents else None
 
-        return self._stage("train", f"seed-{seed}/train/{arm}", "train_t2i.train:run", [relabel], reads, arguments)
+        return self._stage("train", f"seed-{seed}/train/{arm}", "train_t2i.train:run", [relabel, latents], reads,
+                           arguments)
 
     def generate(self, seed: int, arm: str, train: Stage | None) -> Stage:
         exp = self.exp
@@ -484,6 +501,12 @@ def _checkpoint(ref: Model, where: str) -> Any:
     """Identity of a checkpoint; one line now, not hours later, where its folder is not there."""
     pretrained.find_local(ref, where)
     return pretrained.identity(ref)
+
+
+def _vae(ref: Model) -> Any:
+    """Identity of a pipeline's VAE: of a local one, whatever is trained beside it."""
+    folder = pretrained.find_local(ref, "train")
+    return folder_identity(folder / "vae") if folder else pretrained.identity(ref)
 
 
 def _expert_files(own: Any, where: str) -> dict[str, Any]:

@@ -242,6 +242,54 @@ def test_an_arms_guidance_is_of_its_pictures_and_not_of_its_training(tmp_path: P
     assert scales == {"alt": 7.5, "mix": 4}
 
 
+def cached(folder: Path, **tables: dict[str, Any]) -> Plan:
+    """Of an experiment that relabels, and encodes images once."""
+    for part in ("unet", "vae"):
+        (folder / "base" / part).mkdir(parents=True, exist_ok=True)
+    for name in ("00000.tar", "reference.tar", "prompts.txt"):
+        if not (folder / name).exists():
+            (folder / name).write_text("a cat")
+    train = {"model": str(folder / "base"), "cache_latents": True}
+    content = {"name": "mine", "runs": str(folder / "runs"), "device": "cpu", "arms": ["base", "alt", "mix"],
+               "data": {"shards": str(folder / "00000.tar")}, "captioner": {"tuned": "none"},
+               "generate": {"prompts": str(folder / "prompts.txt")},
+               "evaluate": {"reference": str(folder / "reference.tar")},
+               **tables, "train": train | tables.get("train", {})}
+    return Plan(validate(content, Experiment, "mine.toml"))
+
+
+def test_latents_are_made_before_the_first_training_and_all_trainings_need_them(tmp_path: Path) -> None:
+    stages = cached(tmp_path).stages()
+    verbs = [stage.verb for stage in stages]
+    latents = stages[verbs.index("latents")]
+    assert verbs.index("latents") < verbs.index("train") and verbs.count("latents") == 1
+    assert all((latents in stage.needs) == (stage.verb == "train") for stage in stages)
+    assert not latents.needs  # of the captioner
+    assert all(stage.reads()["latents"] == latents.dir.fingerprint for stage in stages if stage.verb == "train")
+    for table in ({"train": {"cache_latents": False}}, {"arms": ["base"]}):
+        assert "latents" not in [stage.verb for stage in cached(tmp_path, **table).stages()]
+
+
+def test_latents_are_of_the_images_and_the_vae_and_of_nothing_else(tmp_path: Path) -> None:
+    before = fingerprints(cached(tmp_path))
+    trainings = {"seed-0/train/alt", "seed-0/train/mix"}
+    of_the_arms = {f"seed-0/{verb}/{arm}" for verb in ("train", "generate", "eval") for arm in ("alt", "mix")}
+    captions = {"relabel", *of_the_arms, "report"}
+    assert changed(before, cached(tmp_path, captioner={"tuned": "none", "model": "another/captioner"})) == captions
+    assert changed(before, cached(tmp_path, relabel={"seed": 7})) == captions
+    assert changed(before, cached(tmp_path, train={"lr": 1})) == {*of_the_arms, "report"}
+    assert not changed(before, cached(tmp_path, train={"num_workers": 7, "log_every": 3}))
+    for change in ({"resolution": 64}, {"flip": True}, {"buckets": {}}, {"precision": "bf16"}):
+        assert {"latents", *of_the_arms, "report"} == changed(before, cached(tmp_path, train=change))
+    (tmp_path / "base" / "unet" / "weights").touch()
+    assert changed(before, cached(tmp_path)) >= trainings and "latents" not in changed(before, cached(tmp_path))
+    (tmp_path / "base" / "vae" / "weights").touch()
+    assert "latents" in changed(before, cached(tmp_path))
+    before = fingerprints(cached(tmp_path))
+    (tmp_path / "00000.tar").write_text("another cat")
+    assert {"relabel", "latents", *trainings} <= changed(before, cached(tmp_path))
+
+
 def test_headline_sets_and_judge_are_of_the_evaluation(tmp_path: Path) -> None:
     judge = {"target": "json:JSONDecoder", "model": str(tmp_path / "judge")}
     (tmp_path / "judge").mkdir()
