@@ -1,31 +1,42 @@
-"""Fine-tune Stable Diffusion on one arm's captions. To resume, run the same command again."""
+"""Fine-tune Stable Diffusion on one arm's captions. To resume, run the same command again.
 
-import math
-from collections import Counter
-from contextlib import nullcontext
+data.py (batches) → model.py (their losses) → update.py (one step) → ema.py (the average) → export.py (the result)
+"""
+
+from contextlib import ExitStack, closing
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
+from accelerate.utils import DistributedType
 
-from recap import checkpoint, progress
+from recap import progress
+from recap.errors import Stopped, UserError
 from recap.learning_rate import learning_rate
-from recap.processes import open_accelerator
+from recap.processes import one_voice, open_accelerator
 from recap.rundir import StageDir
+from train_t2i import export
+from train_t2i.checkpoint import Checkpoint, Progress, joint
 from train_t2i.config import Arm, Train
-from train_t2i.data import Batch, Stream
+from train_t2i.data import Parts, steps
 from train_t2i.ema import EMA
 from train_t2i.model import Diffusion
+from train_t2i.monitor import Monitor
+from train_t2i.order import epochs
 from train_t2i.sample import load_pipeline
+from train_t2i.stopping import stoppable
+from train_t2i.trackers import open_trackers
+from train_t2i.update import Updater
 
-LOG_EVERY = 10
+if TYPE_CHECKING:
+    from train_t2i.validation import Validator
 
 
-def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, name: str,
-        device: str) -> dict[str, Any]:
-    """Train UNet and text encoder from `config.model`; `stage.path/pipeline` is the result, a diffusers folder.
+def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, name: str, device: str,
+        latents: Path | None = None) -> dict[str, Any]:
+    """Train from `config.model`; `stage.path/pipeline` is the result, a diffusers folder.
 
     Args:
         stage: where log, checkpoints and result go.
@@ -33,100 +44,112 @@ def run(stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, 
         seed: of the order, the captions drawn, the dropout and the noise.
         name: of the arm, for the bar.
         device: `cpu` keeps accelerate off the GPUs; else it takes those it finds.
+        latents: the folder of kept ones, see `latents.py`.
     """
-    accelerator = open_accelerator(config.precision, device)
+    check(config, device)
+    accelerator = open_accelerator(config.precision, device, config.trackers, stage.path)
+    with one_voice(accelerator):
+        return _run(accelerator, stage, shards, config, arm, seed, name, latents)
+
+
+def _run(accelerator: Accelerator, stage: StageDir, shards: list[str], config: Train, arm: Arm, seed: int, name: str,
+         latents: Path | None) -> dict[str, Any]:
     pipe = load_pipeline(config, "train", str(accelerator.device))
-    model = Diffusion(pipe, config).train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), weight_decay=config.weight_decay, fused=True)
-    ema, stream = EMA(model, config.ema_decay), Stream(shards, arm, config, seed)
-    start = _resume(stage.path, model, optimizer, ema, stream)
-    ddp, optimizer = accelerator.prepare(model, optimizer)
-    losses: list[torch.Tensor] = []
-    with progress.bar(f"train {name}", config.steps * config.batch_size, start * config.batch_size) as bar:
-        for step in range(start, config.steps):
-            torch.manual_seed(seed + step)  # for dropout inside the networks, where a checkpoint has any
-            batch = stream.take(config.batch_size, accelerator.process_index, accelerator.num_processes)
-            losses.append(_backward(accelerator, ddp, batch, config))
-            accelerator.clip_grad_norm_(trained, config.max_grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * learning_rate(config, step) / config.lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            ema.update(model, step)
-            bar.update(config.batch_size)
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == config.steps:
-                _log(stage, step + 1, losses, bar, accelerator)
-            if (step + 1) % config.checkpoint_every == 0 and accelerator.is_main_process:
-                _save(stage.path, step + 1, model, optimizer, ema, stream)
-    return _finish(stage, accelerator, pipe, model, ema, stream, config)
+    torch.manual_seed(seed)  # the first weights of LoRA
+    model = Diffusion(pipe, config, is_sharded=accelerator.distributed_type == DistributedType.FSDP).train()
+    prepared, optimizer = accelerator.prepare(model, open_optimizer(model, config))
+    ema = EMA(model, config.ema_decay, config.ema_every, "cpu" if config.ema_device == "cpu" else None)
+    checkpoint = Checkpoint(stage.path, accelerator, model, optimizer.optimizer, ema)
+    at = checkpoint.load()
+    open_trackers(accelerator, stage, config, at.step)
+    parts = Parts(shards, arm, config, seed, model.recipe, latents, accelerator.process_index,
+                  accelerator.num_processes, at.cursors)
+    update = Updater(accelerator, prepared, optimizer, config, seed)
+    validator = open_validator(stage, accelerator, config)
+    with ExitStack() as stack:
+        stop = stack.enter_context(stoppable(accelerator))
+        batches = stack.enter_context(closing(steps(parts, pin=accelerator.device.type == "cuda")))
+        monitor = stack.enter_context(closing(Monitor(stage, accelerator, config, name, at)))
+        while at.step < config.steps:
+            if validator and validator.is_due(at.step):
+                monitor.validate(validator, ema)
+            part = monitor.next(batches)
+            updated = update(at.step, part.batches, learning_rate(config, at.step) / config.lr)
+            ema.update(model, at.step)
+            monitor.step(part, updated)
+            stops = stop.agreed()
+            if stops or at.step % config.checkpoint_every == 0:
+                monitor.look()
+                checkpoint.save(at)
+            if stops:
+                raise Stopped
+            if config.snapshot_every and at.step % config.snapshot_every == 0:
+                _export(accelerator, stage.path / "snapshots" / f"{at.step:07d}", config, arm, seed, at.step, ema)
+        if validator:
+            monitor.validate(validator, ema)
+    everyone = joint(accelerator, at)
+    _export(accelerator, stage.path, config, arm, seed, at.step, ema)
+    if accelerator.is_main_process and config.push_to_hub:
+        export.push(stage.path, config)
+    for tracker in accelerator.trackers:  # end_training would also end the group of processes, which other arms need
+        tracker.finish()
+    return _result(everyone, len(shards), config)
 
 
-def _backward(accelerator: Accelerator, ddp: torch.nn.Module, batch: Batch, config: Train) -> torch.Tensor:
-    """Gradients of the batch's mean loss, a micro-batch at a time; they meet across processes at the last one."""
-    size = config.micro_batch_size or len(batch)
-    total = torch.zeros((), device=accelerator.device)
-    for start in range(0, len(batch), size):
-        part = batch.slice(start, start + size)
-        with accelerator.no_sync(ddp) if start + size < len(batch) else nullcontext():
-            loss = ddp(part).sum() / len(batch)
-            accelerator.backward(loss)
-        total += loss.detach()
-    return total
+def open_validator(stage: StageDir, accelerator: Accelerator, config: Train) -> "Validator | None":
+    if config.validation is None:
+        return None
+    from train_t2i.validation import Validator  # with torchmetrics and all its metrics, for seconds
+    return Validator(stage, accelerator, config)
 
 
-def parameter_groups(model: Diffusion, config: Train) -> list[dict[str, Any]]:
-    """What the optimizer trains, each part at the learning rate that it rises to."""
-    peaks = [(model.unet, config.lr), (model.text_encoder, config.text_encoder_lr or config.lr)]
-    return [{"params": [p for p in part.parameters() if p.requires_grad], "lr": lr, "peak_lr": lr}
-            for part, lr in peaks if any(p.requires_grad for p in part.parameters())]
+def open_optimizer(model: Diffusion, config: Train) -> torch.optim.Optimizer:
+    groups = model.parameter_groups(config)
+    if config.optimizer == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+        return AdamW8bit(groups, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
 
 
-def _log(stage: StageDir, step: int, losses: list[torch.Tensor], bar: Any, accelerator: Accelerator) -> None:
-    """Write the mean loss since the last log line; the only place in the loop that waits for the device."""
-    loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-    losses.clear()
-    bar.set_postfix_str(f"loss {loss:.4f}")
+def _export(accelerator: Accelerator, folder: Path, config: Train, arm: Arm, seed: int, step: int, ema: EMA) -> None:
+    """Write the averaged weights as a diffusers folder."""
+    averages = ema.whole()
     if accelerator.is_main_process:
-        stage.log(event="step", step=step, images=bar.n, loss=loss)
-    if not math.isfinite(loss):
-        progress.warn(f"the loss is {loss} at step {step}")
-
-
-def _save(folder: Path, step: int, model: Diffusion, optimizer: Any, ema: EMA, stream: Stream) -> None:
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    tensors = (checkpoint.with_prefix("model", trained) | checkpoint.with_prefix("ema", ema.shadow)
-               | checkpoint.with_prefix("optimizer", checkpoint.optimizer_tensors(optimizer)))
-    checkpoint.save(folder, tensors, {"step": step, "epoch": stream.epoch, "offset": stream.offset,
-                                      "num_cut": model.num_cut, "rejected": stream.rejected})
-
-
-def _resume(folder: Path, model: Diffusion, optimizer: torch.optim.Optimizer, ema: EMA, stream: Stream) -> int:
-    """Load the last checkpoint, if there is one; the step to go on from."""
-    found = checkpoint.load(folder)
-    if found is None:
-        return 0
-    tensors, state = found
-    model.load_state_dict(checkpoint.without_prefix("model", tensors), strict=False)
-    checkpoint.load_optimizer(optimizer, checkpoint.without_prefix("optimizer", tensors))
-    averages = checkpoint.without_prefix("ema", tensors)
-    ema.shadow = {name: averages[name].to(shadow) for name, shadow in ema.shadow.items()}
-    stream.epoch, stream.offset, model.num_cut = state["epoch"], state["offset"], state["num_cut"]
-    stream.rejected.update(state["rejected"])
-    return int(state["step"])
-
-
-def _finish(stage: StageDir, accelerator: Accelerator, pipe: StableDiffusionPipeline, model: Diffusion, ema: EMA,
-            stream: Stream, config: Train) -> dict[str, Any]:
-    """Write the averaged weights as a diffusers folder, and say what the training saw."""
-    ema.copy_to(model)
-    model.eval()
-    if accelerator.is_main_process:
-        temporary = stage.path / ".pipeline.tmp"
-        pipe.save_pretrained(temporary, safe_serialization=True)
-        checkpoint.publish(temporary, stage.path / "pipeline")
+        about = {"captions": arm.captions, "steps": step, "images": step * config.batch_size, "seed": seed}
+        export.write(folder, export.averaged_pipeline(config, averages), config, about)
     accelerator.wait_for_everyone()
-    if model.num_cut:
-        progress.warn(f"{model.num_cut:,} tokens beyond train.max_windows={config.max_windows} were cut from captions")
-    return {"steps": config.steps, "images": config.steps * config.batch_size, "epochs": stream.epoch,
-            "tokens_cut": model.num_cut, "rejected": Counter(stream.rejected.values())}
+
+
+def _result(at: Progress, num_shards: int, config: Train) -> dict[str, Any]:
+    """What the training saw."""
+    if at.num_cut:
+        progress.warn(f"{at.num_cut:,} tokens beyond train.max_windows={config.max_windows} were cut from captions")
+    if at.num_skipped:
+        progress.warn(f"{at.num_skipped} steps were skipped, as their gradients were not finite")
+    images = at.step * config.batch_size
+    return {"steps": at.step, "images": images, "epochs": epochs(at.cursors, num_shards), "tokens_cut": at.num_cut,
+            "skipped": at.num_skipped, "training_seconds": round(at.seconds, 1),
+            "images_per_second": round(images / at.seconds, 2) if at.seconds else None, "rejected": dict(at.rejects)}
+
+
+def check(config: Train, device: str) -> None:
+    """Refuse, in one line, what cannot run here.
+
+    Raises:
+        UserError: the device lacks the precision, the optimizer's library is not there, or processes outnumber images.
+    """
+    if config.precision == "fp16" and device == "cpu":
+        raise UserError("train.precision: fp16 needs a GPU: set it to bf16 or no")
+    if config.precision == "bf16" and device != "cpu" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("train.precision: this GPU has no bf16: set it to fp16 or no")
+    if config.optimizer == "adamw8bit":
+        if device == "cpu":
+            raise UserError("train.optimizer: adamw8bit runs on CUDA, not on the CPU: set it to adamw")
+        if find_spec("bitsandbytes") is None:
+            raise UserError("train.optimizer: adamw8bit needs bitsandbytes: pip install 'recap-t2i[quantization]'")
+    if config.batch_size < progress.num_processes():
+        raise UserError(f"train.batch_size={config.batch_size} is less than the {progress.num_processes()} processes "
+                        "that share a batch: raise it")
+    for tracker in config.trackers:
+        if find_spec({"tensorboard": "tensorboard"}.get(tracker, tracker)) is None:
+            raise UserError(f"train.trackers: {tracker} is not installed: pip install {tracker}")
