@@ -152,7 +152,7 @@ def test_small_files_of_many_shards_are_read_at_a_time(tmp_path: Path, monkeypat
     read = data_card.read_bytes
 
     def slow(url: str) -> bytes:
-        together.wait(10)  # eight at a time, or none goes on
+        together.wait(60)  # eight at a time, or none goes on
         return read(url)
 
     monkeypatch.setattr(data_card, "read_bytes", slow)
