@@ -287,7 +287,7 @@ def test_captions_are_dropped_at_the_rate_asked_for_anew_in_every_epoch(shards: 
 
 def test_shuffled_gives_every_image_the_captions_of_another_one_the_same_in_every_epoch_and_seed(
         shards: list[str]) -> None:
-    arm = {"shuffled": Arm(captions={"short": 1}, shuffled=True)}["shuffled"]
+    arm = Arm(captions={"short": 1}, shuffled=True)
     given: dict[str, set[str]] = {}
     for seed in (0, 1):
         parts = itertools.islice(Parts(shards, arm, CONFIG, seed, RECIPE).share(0, 1), 12)
@@ -530,7 +530,7 @@ def ramp(width: int, height: int) -> bytes:
 def ramps(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Captions of every other image speak of a side."""
     return write(tmp_path_factory.mktemp("ramps"), {"00000": [captioned("00000", place, ramp(200, 32), **{
-        "short.txt": b"a cat on the left" if place % 2 else b"a cat is left over, bright and rightful"[:6] + b"sleeps"})
+        "short.txt": b"a cat on the left" if place % 2 else b"a cat sleeps"})
         for place in range(10)]})
 
 

@@ -59,7 +59,11 @@ class Filters(Table):
 
 
 class Buckets(Table):
-    """Images keep about their own proportions: of sizes of about `resolution`² pixels, each takes the nearest."""
+    """Images keep about their own proportions: of sizes of about `resolution`² pixels, each takes the nearest.
+
+    A step computes each size by itself: that most of it is of one, takes a `shuffle_buffer` of about `batch_size` times
+    the number of sizes.
+    """
 
     step: int = Field(64, ge=8)
     """Sides are multiples of it, in pixels."""
