@@ -265,6 +265,13 @@ def test_what_the_device_lacks_is_one_clear_line(changes: dict[str, str], messag
         train(tmp_path, world_shards, config(world_models, **changes))
 
 
+def test_deepspeed_is_refused_with_what_to_do_instead(world_models: Path, world_shards: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="DeepSpeed is not supported: launch with --use_fsdp"):
+        train(tmp_path, world_shards, config(world_models))
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"train_text_encoder": False, "text_encoder_lr": 1e-5}, "train_text_encoder = false"),
     ({"train_text_encoder": False, "train_unet": False}, "nothing would be trained"),

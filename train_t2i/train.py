@@ -3,6 +3,7 @@
 data.py (batches) → model.py (their losses) → update.py (one step) → ema.py (the average) → export.py (the result)
 """
 
+import os
 from contextlib import ExitStack, closing
 from importlib.util import find_spec
 from pathlib import Path
@@ -147,6 +148,8 @@ def check(config: Train, device: str) -> None:
             raise UserError("train.optimizer: adamw8bit runs on CUDA, not on the CPU: set it to adamw")
         if find_spec("bitsandbytes") is None:
             raise UserError("train.optimizer: adamw8bit needs bitsandbytes: pip install 'recap-t2i[quantization]'")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # whose engine steps and saves by itself
+        raise UserError("train: DeepSpeed is not supported: launch with --use_fsdp --fsdp_version 2 to share the weights")
     if config.batch_size < progress.num_processes():
         raise UserError(f"train.batch_size={config.batch_size} is less than the {progress.num_processes()} processes "
                         "that share a batch: raise it")
