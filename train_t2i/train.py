@@ -149,7 +149,7 @@ def check(config: Train, device: str) -> None:
         if find_spec("bitsandbytes") is None:
             raise UserError("train.optimizer: adamw8bit needs bitsandbytes: pip install 'recap-t2i[quantization]'")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # whose engine steps and saves by itself
-        raise UserError("train: DeepSpeed is not supported: launch with --use_fsdp --fsdp_version 2 to share the weights")
+        raise UserError("train: DeepSpeed is not supported: launch with --use_fsdp --fsdp_version 2 instead")
     if config.batch_size < progress.num_processes():
         raise UserError(f"train.batch_size={config.batch_size} is less than the {progress.num_processes()} processes "
                         "that share a batch: raise it")
