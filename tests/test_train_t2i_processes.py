@@ -119,6 +119,7 @@ def start(work: Work, num_processes: int = 1, sharded: bool = False) -> list[For
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     work.out.parent.mkdir(parents=True, exist_ok=True)
+    (work.out.parent / "stderr.txt").unlink(missing_ok=True)  # the workers of one that was killed may complain in it
     processes = []
     for rank in range(num_processes):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes,
