@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from recap import progress
 from recap.errors import UserError
+from recap.memory import keep_freed_memory
 from recap.shard_work import Stats
 
 AHEAD = 3
@@ -113,6 +114,8 @@ def _open(job: Job, device: str, report: Report) -> Iterator[Worker]:
     if device.startswith("cuda:"):
         import torch
         torch.cuda.set_device(device)
+    elif device == "cpu":
+        keep_freed_memory()
     with job.open(device, report) as worker:
         yield worker
 

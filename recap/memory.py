@@ -1,5 +1,6 @@
-"""A device's memory: when it does not suffice, and what can still be done then."""
+"""A device's memory: how a CPU's is kept, when it does not suffice, and what can still be done then."""
 
+import ctypes
 import gc
 from collections.abc import Callable
 from typing import TypeVar
@@ -8,6 +9,21 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 # Outside its CUDA allocator, torch has no class for it: its words are those of the CPU, of CUDA, and of cuBLAS.
 WORDS = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt."""
+
+
+def keep_freed_memory() -> None:
+    """Keep what tensors on the CPU leave for those that come next.
+
+    glibc gives every block of over 32 MB back to the system at once, which fills the next one with zeros, page by page:
+    half of the time of a convolution at full resolution. Without glibc, nothing is changed.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 2**30)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -35,6 +35,7 @@ from recap.environment import environment
 from recap.errors import UserError
 from recap.experts.settings import check_names, check_settings, read_tags
 from recap.llm.prompt import read_prompt
+from recap.memory import keep_freed_memory
 from recap.outputs import written
 from recap.rundir import StageDir, Stale, digest, folder_identity, lock
 from recap.shards import expand, shard_name
@@ -477,6 +478,8 @@ class Plan:
     def _stage(self, verb: str, folder: str, target: str, needs: Iterable[Stage | None],
                reads: Callable[[], dict[str, Any]], arguments: Callable[[], tuple[Any, ...]]) -> Stage:
         def work(stage: StageDir) -> dict[str, Any]:
+            if self.device == "cpu":
+                keep_freed_memory()
             module, name = target.split(":")  # imported only now: planning must not load torch
             result: dict[str, Any] = getattr(importlib.import_module(module), name)(stage, *arguments())
             return result

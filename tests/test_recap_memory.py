@@ -1,4 +1,7 @@
-"""Where memory does not suffice, work is done in halves; other errors are what they were."""
+"""A CPU's memory is kept. Where it does not suffice, work is done in halves; other errors are what they were."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -41,3 +44,22 @@ def test_what_torch_says_of_too_much_is_known() -> None:
         torch.empty(2**50)
     assert is_out_of_memory(caught.value) and is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("x")) and not is_out_of_memory(ValueError("out of memory"))
+
+
+NEW_PAGES = """
+import resource, torch
+from recap.memory import keep_freed_memory
+if {kept}: keep_freed_memory()
+for _ in range(20): torch.ones(2**24)  # until what is freed beside one block has room enough for the next
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5): torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc alone")
+def test_memory_that_is_kept_is_not_asked_for_again() -> None:
+    """64 MB five times: of the system's pages, or of those that were there."""
+    kept, asked = (int(subprocess.run([sys.executable, "-c", NEW_PAGES.format(kept=kept)], capture_output=True,
+                                      check=True).stdout) for kept in (True, False))
+    assert kept < 0.1 * asked

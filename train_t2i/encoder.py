@@ -91,7 +91,7 @@ class Encoder:
         vae: Any = load_pretrained(AutoencoderKL.from_pretrained, self.config, "train", subfolder="vae",
                                    use_safetensors=True)
         vae = vae.requires_grad_(False).eval().to(self.device, vae_dtype(vae, self.config.precision))
-        return vae.to(memory_format=torch.channels_last) if vae.device.type == "cuda" else vae
+        return vae.to(memory_format=torch.channels_last)
 
     def relabel(self, shards: Iterable[str]) -> Iterator[Result]:
         """Shards with their stats, as soon as they are written. The name is what `engines` calls all such work."""

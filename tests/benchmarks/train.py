@@ -8,8 +8,9 @@ Both train the same UNet (random weights in the real classes) on the same photos
 precision. The procedure is the script's work per step, written anew: decode, resize and crop in the training's own
 process, encode by VAE and frozen text encoder, noise, one forward and backward, two figures fetched from the device,
 gradients clipped, AdamW, the EMA of its `--use_ema`. Recap does equal work in "text frozen", and then what the script
-can't: latents kept, the text encoder trained, captions of three windows. The machine's own speed changes by the minute,
-therefore only neighbouring turns are compared: the ratio is their median, with the extremes.
+can't: latents kept, the text encoder trained, captions of three windows. Each is a process of its own, with what Recap
+or the script sets in it. The machine's own speed changes by the minute, therefore only neighbouring turns are compared:
+the ratio is their median, with the extremes.
 
 Utilisation is the model's operations, counted by torch's FlopCounterMode (encoding included, nothing computed twice),
 over the rate of a large matrix product, measured on the spot; and over the hardware's published rate, where known.
@@ -20,6 +21,7 @@ import gc
 import importlib.metadata
 import io
 import json
+import multiprocessing
 import os
 import platform
 import resource
@@ -34,6 +36,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -54,6 +57,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.utils import logging
 
 from recap.clip_bpe import clip_tokenizer
+from recap.memory import free_memory, keep_freed_memory
 from recap.processes import open_accelerator
 from recap.rundir import StageDir
 from recap.sample import Sample
@@ -87,10 +91,10 @@ class Size:
 
 
 SIZES = {
-    # A quarter of SD 1.4's widths: UNet, VAE and text encoder cost one another what they do there.
+    # A quarter of SD 1.4's widths, in as wide heads: UNet, VAE and text encoder cost one another what they do there.
     "mid": Size((80, 160, 320, 320), (32, 64, 128, 128),
-                {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3}, 4,
-                batch_size=8, num_steps=3),
+                {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3}, 2,
+                batch_size=8, num_steps=6),
     "sd14": Size((320, 640, 1280, 1280), (128, 256, 512, 512),
                  {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}, 8,
                  batch_size=64, num_steps=20),
@@ -147,8 +151,10 @@ def write_shards(folder: Path) -> list[str]:
 class Peer:
     """What `train_text_to_image.py` does for a step, at its defaults; with `--use_ema`, as Recap always has one."""
 
-    def __init__(self, model: Path, side: int, batch_size: int, precision: str, device: str) -> None:
-        AcceleratorReset()
+    def __init__(self, model: Path, side: int, batch_size: int, precision: str, device: str,
+                 keeps_memory: bool = False) -> None:
+        if keeps_memory:
+            keep_freed_memory()
         self.accelerator = Accelerator(mixed_precision=precision, cpu=device == "cpu")
         dtype = {"no": torch.float32, "bf16": torch.bfloat16}[precision]
         pipe = StableDiffusionPipeline.from_pretrained(model)
@@ -192,11 +198,6 @@ class Peer:
         return torch.stack(images).to(self.accelerator.device), ids.to(self.accelerator.device)
 
 
-def AcceleratorReset() -> None:  # noqa: N802
-    from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state()
-
-
 # --- Recap's ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,6 +205,8 @@ class Ours:
     """The steps of `train_t2i.train`, without its log."""
 
     def __init__(self, config: Train, shards: list[str], arm: Arm, kept: Path | None, device: str) -> None:
+        if device == "cpu":  # as the command does
+            keep_freed_memory()
         self.accelerator = open_accelerator(config.precision, device)
         self.config = config
         self.model = Diffusion(load_pipeline(config, "train", str(self.accelerator.device)), config).train()
@@ -235,7 +238,49 @@ class Ours:
 # --- turns -----------------------------------------------------------------------------------------------------------
 
 
-def timed(step: Callable[[], None], num_steps: int, device: str) -> float:
+@dataclass(frozen=True)
+class Facts:
+    """What a contestant says of itself at the end."""
+
+    flops: int
+    """Of a step; 0 where they are not counted."""
+    waited: float
+    """For data, seconds a step."""
+    memory: float
+    """Peak of a GPU's, GiB."""
+
+
+class Contestant:
+    """Steps in a process of its own, which stands still between its turns."""
+
+    def __init__(self, make: Callable[[], Any], device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, make, device))
+        self.process.start()
+        theirs.close()
+
+    def ask(self, num_steps: int | None) -> Any:
+        self.connection.send(num_steps)
+        return self.connection.recv()
+
+
+def serve(connection: Any, make: Callable[[], Any], device: str) -> None:
+    """Seconds for one of so many steps, as often as asked; at None, the facts."""
+    quiet()
+    contestant = make()
+    while (num_steps := connection.recv()) is not None:
+        connection.send(timed(contestant.step, num_steps, device))
+        free_memory()  # which the others need
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    is_ours = isinstance(contestant, Ours)
+    connection.send(Facts(contestant.flops(), contestant.waited / contestant.done, memory) if is_ours else
+                    Facts(0, 0, memory))
+    if is_ours:
+        contestant.parts.close()
+
+
+def timed(step: Callable[[], object], num_steps: int, device: str) -> float:
     """Seconds for one step."""
     def wait() -> None:
         if device == "cuda":
@@ -256,17 +301,8 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return 2 * n ** 3 / min(timed(lambda: torch.mm(a, b), 3, device) for _ in range(5))
 
 
-def peak_memory(step: Callable[[], None], device: str) -> float:
-    """GiB that a step takes on a GPU, with all that is there for good; of a CPU, where it is not known, 0."""
-    if device == "cpu":
-        return 0.0
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    return torch.cuda.max_memory_allocated() / 2**30
-
-
 def measure(size: Size, side: int, folder: Path, device: str, turns: int) -> None:
-    """One side's table. Each contestant is alone with its memory; a turn has all of them, one after the other."""
+    """One side's table; a turn has all contestants, one after the other."""
     precision = "bf16" if device == "cuda" else "no"
     model = folder / f"model-{side}"
     write_model(model, size, side)
@@ -279,37 +315,39 @@ def measure(size: Size, side: int, folder: Path, device: str, turns: int) -> Non
     latents.run(kept, shards, config, device)
     short, long = Arm(captions={"alt": 1}), Arm(captions={"long": 1})
     whole = config.model_copy(update={"train_text_encoder": True})
-    makers: dict[str, Callable[[], Any]] = {
-        "diffusers' procedure": lambda: Peer(model, side, size.batch_size, precision, device),
-        "Recap, text frozen": lambda: Ours(config, shards, short, None, device),
-        "Recap, text frozen, kept latents": lambda: Ours(config, shards, short, kept.path, device),
-        "Recap, text trained, kept latents": lambda: Ours(whole, shards, short, kept.path, device),
-        "Recap, text trained, 3 windows, kept latents": lambda: Ours(whole, shards, long, kept.path, device)}
-    contestants = {name: make() for name, make in makers.items()}
+    peer = partial(Peer, model, side, size.batch_size, precision, device)
+    contestants = {name: Contestant(make, device) for name, make in {
+        "diffusers' procedure": peer,
+        **({"diffusers' procedure, freed memory kept": partial(peer, keeps_memory=True)} if device == "cpu" else {}),
+        "Recap, text frozen": partial(Ours, config, shards, short, None, device),
+        "Recap, text frozen, kept latents": partial(Ours, config, shards, short, kept.path, device),
+        "Recap, text trained, kept latents": partial(Ours, whole, shards, short, kept.path, device),
+        "Recap, text trained, 3 windows, kept latents": partial(Ours, whole, shards, long, kept.path, device)}.items()}
     for each in contestants.values():
-        timed(each.step, 2, device)  # compiles, finds its kernels
+        each.ask(2)  # compiles, finds its kernels
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(turns):
         for name in contestants if turn % 2 else reversed(contestants):
-            seconds[name].append(timed(contestants[name].step, size.num_steps, device))
+            seconds[name].append(contestants[name].ask(size.num_steps))
     rate = matmul_rate(device, torch.bfloat16 if device == "cuda" else torch.float32)
-    theirs = seconds["diffusers' procedure"]
     print(f"\n{side} px, batches of {size.batch_size}, {precision}; matrix products: {rate / 1e12:.3g} TFLOP/s")
+    theirs = seconds["diffusers' procedure"]
     for name, each in contestants.items():
         mine = statistics.median(seconds[name])
-        line = f"  {name:<46}{size.batch_size / mine:8.2f} images/s  {ratio(theirs, seconds[name])}"
-        if isinstance(each, Ours):
-            flops = each.flops()
-            line += f"  {flops / mine / rate:4.0%} of matrix products"
-            line += "".join(f", {flops / mine / known:.0%} of the published rate" for device_name, known in
-                            PUBLISHED.items() if device == "cuda" and device_name in torch.cuda.get_device_name())
-            line += f"  data {each.waited / (each.done * mine):.1%}"
-        if device == "cuda":
-            line += f"  {peak_memory(each.step, device):.1f} GiB, all contestants' weights included"
-        print(line, flush=True)
-    for each in contestants.values():
-        if isinstance(each, Ours):
-            each.parts.close()
+        print(f"  {name:<46}{size.batch_size / mine:8.2f} images/s  {ratio(theirs, seconds[name])}"
+              f"{described(each.ask(None), mine, rate, device)}", flush=True)
+        each.process.join()
+
+
+def described(facts: Facts, seconds: float, rate: float, device: str) -> str:
+    """What there is to say of steps of so many seconds, where matrix products have that rate."""
+    line = ""
+    if facts.flops:
+        line += f"  {facts.flops / seconds / rate:4.0%} of matrix products"
+        line += "".join(f", {facts.flops / seconds / known:.0%} of the published rate" for name, known in
+                        PUBLISHED.items() if device == "cuda" and name in torch.cuda.get_device_name())
+        line += f"  data {facts.waited / seconds:.1%}"
+    return line + (f"  {facts.memory:.1f} GiB" if device == "cuda" else "")
 
 
 def ratio(theirs: list[float], ours: list[float]) -> str:
@@ -376,9 +414,7 @@ def main() -> None:
     parser.add_argument("--script", type=Path, help="diffusers' examples/text_to_image/train_text_to_image.py")
     parser.add_argument("--flat", type=int, metavar="STEPS", help="measure memory instead")
     arguments = parser.parse_args()
-    warnings.filterwarnings("ignore")  # the libraries' plans
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     with tempfile.TemporaryDirectory() as name:
         if arguments.flat:
             flat(arguments.flat, Path(name))
@@ -390,6 +426,12 @@ def main() -> None:
                 run_script(arguments.script, SIZES[arguments.model], side, Path(name))
     if not has_gpu:
         print("\nNo GPU here: Stable Diffusion 1.4 in bf16 is measured by the same command where there is one.")
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore")  # the libraries' plans
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def heading(model: str, device: str) -> str:
