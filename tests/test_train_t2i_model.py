@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from train_t2i.images import size_ids
 from train_t2i.model import Diffusion
 from train_t2i.sample import load_pipeline
 from train_t2i.text import tokenize
+from train_t2i.train import open_optimizer
 
 SENTENCE = "A red circle lies to the left of a small blue ring, under a grey sky. "
 LONG = SENTENCE * 9
@@ -263,25 +264,31 @@ def test_channels_last_changes_no_more_than_rounding(tiny_pipelines: Path) -> No
         torch.testing.assert_close(gradient, plain[name], rtol=1e-3, atol=1e-5)
 
 
-def test_a_training_goes_on_exactly_where_weights_are_channels_last(tiny_pipelines: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_a_training_goes_on_exactly_in_its_order_of_memory(tiny_pipelines: Path, tmp_path: Path,
+                                                           optimizer: Literal["adamw", "adamw8bit"]) -> None:
+    if optimizer == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="an optional library")
+
     def begin(folder: Path) -> tuple[Diffusion, Any, Checkpoint]:
-        model = build(tiny_pipelines / "sd1", train_text_encoder=False)
-        assert not model.unet.conv_in.weight.is_contiguous()
-        optimizer = torch.optim.AdamW(model.parameter_groups(Train(lr=1e-3)), fused=True)
-        return model, optimizer, Checkpoint(folder, open_accelerator("no", "cpu"), model, optimizer, EMA(model, 0.9))
+        config = Train(lr=1e-3, optimizer=optimizer)
+        model = build(tiny_pipelines / "sd1", train_text_encoder=False, optimizer=optimizer)
+        adam = open_optimizer(model, config)
+        return model, adam, Checkpoint(folder, open_accelerator("no", "cpu"), model, adam, EMA(model, 0.9))
 
     def step(model: Diffusion, optimizer: Any, *captions: str) -> None:
         model(batch(model, *captions)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    model, optimizer, checkpoint = begin(tmp_path)
-    step(model, optimizer, "a cat")
+    model, adam, checkpoint = begin(tmp_path)
+    assert model.unet.conv_in.weight.is_contiguous() == (optimizer == "adamw8bit")
+    step(model, adam, "a cat")
     checkpoint.save(Progress(step=1))
-    step(model, optimizer, "a dog")
-    again, optimizer, checkpoint = begin(tmp_path)
+    step(model, adam, "a dog")
+    again, adam, checkpoint = begin(tmp_path)
     assert checkpoint.load().step == 1
-    step(again, optimizer, "a dog")
+    step(again, adam, "a dog")
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 

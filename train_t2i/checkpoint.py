@@ -77,11 +77,12 @@ class Checkpoint:
             return Progress()
         tensors, state = found
         self._check(tensors)
+        slots = _slots(tensors)
         for name, parameter in trainable(self.model):
             _put(parameter.data, tensors[f"model.{name}"])
             _put(self.ema.shadow[name], tensors[f"ema.{name}"])
-            slots = checkpoint.without_prefix(f"optimizer.{name}", tensors)
-            self.optimizer.state[parameter] = {slot: _like(value, parameter) for slot, value in slots.items()}
+            self.optimizer.state[parameter] = {slot: _value(value, parameter)
+                                               for slot, value in slots.get(name, {}).items()}
         if scaler := state.pop("scaler"):
             self.accelerator.scaler.load_state_dict(scaler)
         state["cursors"] = {int(lane): Cursor(**cursor) for lane, cursor in state["cursors"].items()}
@@ -97,7 +98,9 @@ class Checkpoint:
             yield f"model.{name}", parameter.detach()
             yield f"ema.{name}", self.ema.shadow[name]
             for slot, value in state[parameter].items():
-                yield f"optimizer.{name}.{slot}", torch.as_tensor(value)
+                value = torch.as_tensor(value)
+                # 8-bit Adam has one map of its values for all parameters, and safetensors no tensor of two names.
+                yield f"optimizer.{name}.{slot}", value if value.ndim > 1 else value.clone()
 
     def _check(self, tensors: checkpoint.Tensors) -> None:
         saved = {name: tuple(value.shape) for name, value in checkpoint.without_prefix("model", tensors).items()}
@@ -122,6 +125,22 @@ def joint(accelerator: Accelerator, progress: Progress) -> Progress:
     return Progress(progress.step, cursors,
                     sum((each.rejects for each in known), Counter()), sum(each.num_cut for each in known),
                     progress.num_skipped, progress.seconds)
+
+
+def _slots(tensors: checkpoint.Tensors) -> dict[str, checkpoint.Tensors]:
+    """Parameter → the optimizer's values for it, by their names."""
+    found: dict[str, checkpoint.Tensors] = {}
+    for name, value in checkpoint.without_prefix("optimizer", tensors).items():
+        parameter, slot = name.rsplit(".", 1)
+        found.setdefault(parameter, {})[slot] = value
+    return found
+
+
+def _value(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
+    """An optimizer's value, on its parameter's device. 8-bit Adam counts steps in an integer, torch's in a float."""
+    if value.ndim == 0 and value.dtype == torch.int64:
+        return int(value)
+    return _like(value, parameter)
 
 
 def _put(tensor: torch.Tensor, value: torch.Tensor) -> None:

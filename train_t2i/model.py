@@ -62,8 +62,9 @@ class Diffusion(nn.Module):
             self.unet.enable_gradient_checkpointing()
             for encoder in self.encoders if self.text_encoder_trained else []:
                 encoder.gradient_checkpointing_enable({"use_reentrant": False})
-        for network in self.unet, self.vae:  # convolutions are the faster in it, on CPUs too
-            network.to(memory_format=torch.channels_last)
+        self.vae.to(memory_format=torch.channels_last)  # convolutions are the faster in it, on CPUs too
+        if config.optimizer != "adamw8bit":  # whose first step makes weights contiguous
+            self.unet.to(memory_format=torch.channels_last)
         if config.compile:
             self.unet.compile()
 
@@ -76,6 +77,7 @@ class Diffusion(nn.Module):
         """Denoising loss of each sample, (B,) float32; 0 for an empty place. All randomness is the batch's own."""
         latents = self.latents(batch)
         noisy = self.levels.add_noise(latents, batch.noise, batch.timesteps)
+        noisy = noisy.contiguous(memory_format=torch.channels_last)  # the UNet's inside is then, too
         states, mask, added = self._condition(batch)
         prediction = self.unet(noisy, batch.timesteps, encoder_hidden_states=states, encoder_attention_mask=mask,
                                added_cond_kwargs=added).sample
