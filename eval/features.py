@@ -8,16 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
-import timm
 import torch
 from cleanfid.features import build_feature_extractor
-from cleanfid.resize import make_resizer
 from PIL import Image
-from safetensors import SafetensorError
-from timm.data.config import resolve_model_data_config
 
 from eval.config import Features
 from recap.errors import BadSample, UserError
@@ -25,6 +20,7 @@ from recap.pretrained import load_pretrained
 from recap.rundir import hash_files
 from recap.sample import IMAGE_EXTENSIONS, decode_image
 from recap.shards import Reject, expand, read_shard
+from recap.timm_features import TimmFeatures, clean_resizer
 
 CLEAN_FID = "clean-fid"
 INCEPTION_SIZE = (299, 299)
@@ -79,32 +75,11 @@ def _open_inception(where: str, device: str) -> FeatureNetwork:
 
 def _open_timm(folder: Path, name: str, device: str) -> FeatureNetwork:
     """A timm model without its classifier; inputs normalised by its own mean and standard deviation."""
-    if not (folder / "model.safetensors").is_file():
-        raise ValueError(f"no model.safetensors in {folder} (pickled weights are not opened)")
-    try:
-        # With the checkpoint's own number of classes timm loads strictly: no layer can stay random unnoticed.
-        empty: Any = timm.create_model(f"local-dir:{folder}")
-        num_classes = empty.pretrained_cfg["num_classes"]
-        network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=num_classes)
-    except (SafetensorError, TypeError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from error
-    network.reset_classifier(0)
-    network.eval().to(device)
-    config = resolve_model_data_config(network)
-    mean, std = (torch.tensor(config[name], device=device).view(1, 3, 1, 1) for name in ("mean", "std"))
-    height, width = config["input_size"][1:]
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        return cast(torch.Tensor, network((images.to(device) / 255 - mean) / std))
-
-    with torch.no_grad():
-        probe = forward(torch.zeros(1, 3, height, width))
-    if probe.ndim != 2:
-        raise ValueError(f"its features are of shape {tuple(probe.shape)}, not one vector an image")
+    network = TimmFeatures(folder).to(device)
     is_snapshot = folder.parent.name == "snapshots"
     version = f"{name.removeprefix('hf-hub:')}@{folder.name}" if is_snapshot else hash_files(folder)
-    architecture = network.pretrained_cfg["architecture"]
-    return FeatureNetwork(f"timm {architecture} {version}", (height, width), probe.shape[1], forward)
+    return FeatureNetwork(f"timm {network.architecture} {version}", network.size, network.dim,
+                          lambda images: network(images.to(device)))
 
 
 # --- features ------------------------------------------------------------------------------------------------------
@@ -120,19 +95,13 @@ def features(images: Iterable[Image.Image], network: FeatureNetwork, batch_size:
         batch_size: images at once.
         tell: called with the number of images of every finished batch.
     """
-    resize = resizer(network.size)
+    resize = clean_resizer(network.size)
     stream = iter(images)
     batches = []
     while batch := [torch.from_numpy(resize(np.asarray(image))) for image in islice(stream, batch_size)]:
         batches.append(network(torch.stack(batch).permute(0, 3, 1, 2)))
         tell(len(batch))
     return np.concatenate(batches) if batches else np.zeros((0, network.dim))
-
-
-def resizer(size: tuple[int, int]) -> Callable[[np.ndarray], np.ndarray]:
-    """clean-fid's resize to (height, width): (H, W, 3) uint8 → (height, width, 3) float32 in [0, 255], not rounded."""
-    height, width = size
-    return make_resizer("PIL", False, "bicubic", (width, height))
 
 
 # --- images --------------------------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from eval.config import Features
-from eval.features import FeatureNetwork, features, iterate_images, open_network, resizer
+from eval.features import FeatureNetwork, features, iterate_images, open_network
 from recap.errors import UserError
 from recap.sample import Sample
 from recap.shards import Reject, ShardWriter
+from recap.timm_features import clean_resizer
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,8 @@ def pixels(seed: int, height: int, width: int) -> np.ndarray:
 def test_resize_is_clean_fids() -> None:
     for height, width in [(512, 512), (100, 333), (640, 480)]:
         image = pixels(0, height, width)
-        assert np.array_equal(resizer((299, 299))(image), build_resizer("clean")(image))
-    wide = resizer((20, 40))(pixels(1, 64, 64))
+        assert np.array_equal(clean_resizer((299, 299))(image), build_resizer("clean")(image))
+    wide = clean_resizer((20, 40))(pixels(1, 64, 64))
     assert wide.shape == (20, 40, 3) and wide.dtype == np.float32
 
 
@@ -37,7 +38,7 @@ def test_resize_agrees_with_antialiased_torch() -> None:
     image = pixels(2, 200, 150)
     tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
     other = torch.nn.functional.interpolate(tensor, (64, 48), mode="bicubic", antialias=True).clip(0, 255)
-    np.testing.assert_allclose(resizer((64, 48))(image), other[0].permute(1, 2, 0), atol=2e-3)
+    np.testing.assert_allclose(clean_resizer((64, 48))(image), other[0].permute(1, 2, 0), atol=2e-3)
 
 
 def test_features_are_timms(network: FeatureNetwork, world_models: Path) -> None:

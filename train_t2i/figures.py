@@ -8,16 +8,10 @@ import warnings
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import timm
 import torch
 from accelerate import Accelerator
-from cleanfid.resize import make_resizer
 from PIL import Image
-from safetensors import SafetensorError
-from timm.data.config import resolve_model_data_config
 from torch import nn
 from torchmetrics import Metric
 from torchmetrics.image.kid import KernelInceptionDistance
@@ -26,6 +20,7 @@ from recap.config.captioner import Part
 from recap.errors import BadSample, UserError
 from recap.pretrained import load_pretrained
 from recap.sample import IMAGE_EXTENSIONS, decode_image
+from recap.timm_features import TimmFeatures
 from train_t2i.config import Validation
 
 BATCH = 32
@@ -116,7 +111,7 @@ class Kid:
         """
         assert config.reference is not None and config.features is not None  # noqa: S101
         self.device = accelerator.device
-        self.network = load_pretrained(lambda folder: FeatureNetwork(Path(folder)), Part.of(config.features),
+        self.network = load_pretrained(lambda folder: TimmFeatures(Path(folder)), Part.of(config.features),
                                        "train.validation.features")
         files = image_files(Path(config.reference).expanduser(), config.num_references)
         if num_pictures < 2:
@@ -150,46 +145,6 @@ class Kid:
         while batch := [self.network.resize(image) for image in islice(stream, BATCH)]:
             found.append(self.network(torch.stack(batch).to(self.device)).double())
         return torch.cat(found)
-
-
-class FeatureNetwork(nn.Module):
-    """A timm model without its classifier, behind clean-fid's resize (Parmar et al. 2022, arXiv 2104.11222)."""
-
-    mean: torch.Tensor
-    std: torch.Tensor
-
-    def __init__(self, folder: Path) -> None:
-        """Open it, frozen; ValueError where it has no safetensors weights, or not one vector an image."""
-        super().__init__()
-        if not (folder / "model.safetensors").is_file():
-            raise ValueError(f"no model.safetensors in {folder} (pickled weights are not opened)")
-        try:
-            # With the checkpoint's own number of classes timm loads strictly: no layer can stay random unnoticed.
-            empty: Any = timm.create_model(f"local-dir:{folder}")
-            num_classes = empty.pretrained_cfg["num_classes"]
-            self.network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=num_classes)
-        except (SafetensorError, TypeError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from error
-        self.network.reset_classifier(0)
-        settings = resolve_model_data_config(self.network)
-        height, width = settings["input_size"][1:]
-        self.resizer = make_resizer("PIL", False, "bicubic", (width, height))
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(settings[name]).view(3, 1, 1))
-        self.requires_grad_(False).eval()
-        probe = self(torch.zeros(1, 3, height, width))
-        if probe.ndim != 2:
-            raise ValueError(f"its features are of shape {tuple(probe.shape)}, not one vector an image")
-        self.dim = probe.shape[1]
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, 3, H, W) float32 in [0, 255], as `resize` makes them → (N, D)."""
-        found: torch.Tensor = self.network((images / 255 - self.mean) / self.std)
-        return found
-
-    def resize(self, image: Image.Image) -> torch.Tensor:
-        """RGB of any size → (3, H, W) float32 in [0, 255], not rounded."""
-        return torch.from_numpy(self.resizer(np.asarray(image))).permute(2, 0, 1)
 
 
 def image_files(folder: Path, most: int) -> list[Path]:
