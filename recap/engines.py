@@ -48,7 +48,7 @@ class Worker(Protocol):
     """Does shards, one after the other."""
 
     @abstractmethod
-    def relabel(self, shards: Iterable[str]) -> Iterator[Result]:
+    def process(self, shards: Iterable[str]) -> Iterator[Result]:
         """Shards with their stats, as they are done."""
 
 
@@ -105,7 +105,7 @@ def _devices(device: str, workers: int | None) -> list[str]:
 
 def _here(job: Job, shards: Iterable[str], device: str, report: Report) -> Iterator[Result]:
     with _open(job, device, report) as worker:
-        yield from worker.relabel(shards)
+        yield from worker.process(shards)
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def _wait_for_others(store: Any, num_shards: int) -> None:
         if (now := (num_done, store.add("signs", 0))) != signs:
             signs, since = now, time.monotonic()
         elif time.monotonic() > since + PATIENCE:
-            raise UserError(f"relabel: {num_shards - num_done} shards of other ranks are not done, and nothing was "
+            raise UserError(f"{num_shards - num_done} shards of other ranks are not done, and nothing was "
                             "heard of these ranks for an hour: see whether they have ended, and run the same command "
                             "again")
         time.sleep(0.2)
@@ -354,7 +354,7 @@ class _Plan:
         self.losses[shard] += 1
         doing = f"at work on {shard}" if shard else "without a shard"
         if self.losses[shard] >= MAX_LOSSES and (shard or not any(self.given.values())):  # else there are some at work
-            raise UserError(f"relabel: {self.losses[shard]} workers ended {doing}, the last one {why}: see whether the "
+            raise UserError(f"{self.losses[shard]} workers ended {doing}, the last one {why}: see whether the "
                             f"memory suffices{', or leave the shard out' if shard else ''}")
         progress.say(f"warning: {worker} {why} {doing}; {'the shard is done again' if shard else 'another is started'}")
 
@@ -432,7 +432,7 @@ def _serve(job: Job, device: str, name: str, connection: Any) -> None:
     try:
         with _open(job, device, lambda *report: connection.send(Images(name, *report))) as worker:
             connection.send(Joined(name))
-            for shard, stats in worker.relabel(iter(connection.recv, None)):
+            for shard, stats in worker.process(iter(connection.recv, None)):
                 connection.send(Done(name, shard, stats))
     except (Exception, SystemExit) as error:  # noqa: BLE001  (the parent shows it)
         connection.send(Failed.of(error, name))

@@ -52,7 +52,7 @@ class RayWorker:
         return self.name
 
     @ray.method(concurrency_group="shards")
-    def relabel(self, shard: str) -> Stats | Failed:
+    def process(self, shard: str) -> Stats | Failed:
         with self.lock:
             result = self.results[shard] = Future()
         self.shards.put(shard)
@@ -64,7 +64,7 @@ class RayWorker:
 
     def _work(self, worker: Worker) -> None:
         try:
-            for shard, stats in worker.relabel(iter(self.shards.get, None)):
+            for shard, stats in worker.process(iter(self.shards.get, None)):
                 self.results[shard].set_result(stats)
         except (Exception, SystemExit) as error:  # noqa: BLE001  (the pool raises it)
             failed = Failed.of(error, self.name)
@@ -102,7 +102,7 @@ class RayPool:
         _connect()
         self.needs_gpu, self.workers = device.startswith("cuda"), workers
         if (idle := _num("GPU")) and not self.needs_gpu:
-            progress.warn(f"relabel: device={device} leaves the cluster's {idle} GPUs idle; device=cuda takes them")
+            progress.warn(f"device={device} leaves the cluster's {idle} GPUs idle; device=cuda takes them")
         kind: Any = ray.remote(num_cpus=1, num_gpus=int(self.needs_gpu), max_restarts=0,  # type: ignore[call-overload]
                                concurrency_groups={"shards": AHEAD, "reports": 1})(RayWorker)
         self.make = kind.remote
@@ -121,7 +121,7 @@ class RayPool:
         return len(self.actors) + len(self.starting)
 
     def give(self, worker: str, shard: str) -> None:
-        self.tasks[self.actors[worker].relabel.remote(shard)] = worker, shard
+        self.tasks[self.actors[worker].process.remote(shard)] = worker, shard
 
     def events(self) -> list[Event]:
         self._start_missing()
@@ -139,7 +139,7 @@ class RayPool:
         self.looked = time.monotonic()
         gpus = _num("GPU") if self.needs_gpu else 1
         if self.starting and not gpus:  # since the last look
-            progress.warn("relabel: the cluster has no GPU, which device=cuda needs; goes on when one joins")
+            progress.warn("the cluster has no GPU, which device=cuda needs; goes on when one joins")
         for _ in range(len(self.actors) + len(self.starting), self.workers or max(gpus, 1)):
             actor = self.make()
             self.starting[actor.begin.remote(*self.begin_with)] = actor

@@ -116,7 +116,7 @@ def _measure(job: Job, shards: list[str], device: str) -> tuple[int, float, list
 
     with job.open("cuda:0" if device == "cuda" else device, report) as worker:
         progress.say("probing …")
-        found = [stats for _, stats in worker.relabel(shards)]
+        found = [stats for _, stats in worker.process(shards)]
     began, before = moments[0]
     return moments[-1][1] - before, time.perf_counter() - began, found
 

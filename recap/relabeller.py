@@ -113,7 +113,7 @@ class Relabeller:
                   "adapter": hash_files(tuned) if tuned else None}
         return Recorder(source, self.job.styles, self.config.mix, self.config.seed)
 
-    def relabel(self, shards: Iterable[str]) -> Iterator[Result]:
+    def process(self, shards: Iterable[str]) -> Iterator[Result]:
         """Shards with their stats, as soon as they are published; the next one is begun before that."""
         self.captioner, self.scores, self.chooser, self.recorder  # noqa: B018  (opened here, not in a thread beside)
         with Ahead(chain.from_iterable(map(self._prepare, shards))) as parts:

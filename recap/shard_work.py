@@ -144,7 +144,7 @@ def stats_url(out: str, shard: str) -> str:
 
 
 def read_stats(out: str, shard: str) -> Stats:
-    """What marks a relabelled shard as done. UserError where that is damaged, or another program's."""
+    """What marks a shard as done. UserError where that is damaged, or another program's."""
     url = stats_url(out, shard)
     try:
         stats = json.loads(read_bytes(url))

@@ -42,7 +42,7 @@ class Worker:
     def __init__(self, out: Path, report: Report) -> None:
         self.out, self.report = out, report
 
-    def relabel(self, shards: Iterable[str]) -> Iterator[Result]:
+    def process(self, shards: Iterable[str]) -> Iterator[Result]:
         for shard in shards:
             self.report(shard, NUM_IMAGES // 2, {})
             with open(self.out / shard, "ab", buffering=0) as file:

@@ -72,13 +72,13 @@ def test_relative_paths_are_meant_where_the_command_is_run(tmp_path: Path, monke
 
 def test_an_actor_keeps_nothing_of_what_is_done(tmp_path: Path) -> None:
     class Worker:
-        def relabel(self, shards: Iterable[str]) -> Iterator[Result]:
+        def process(self, shards: Iterable[str]) -> Iterator[Result]:
             for shard in shards:
                 yield shard, {}
 
     actor = RayWorker()
     threading.Thread(target=actor._work, args=[Worker()], daemon=True).start()
-    assert actor.relabel("a") == actor.relabel("b") == {} and not actor.results
+    assert actor.process("a") == actor.process("b") == {} and not actor.results
 
 
 def test_gpus_that_are_missing_or_left_idle_are_told_of(

@@ -348,7 +348,7 @@ def test_a_shard_is_told_of_when_it_is_published_and_not_after_the_next(small: l
                 yield
 
         relabeller._publish, relabeller._caption = published, captioned  # type: ignore[method-assign]
-        for shard, _ in relabeller.relabel(small[:2]):
+        for shard, _ in relabeller.process(small[:2]):
             told.append((Path(shard).name, -1))
     assert told.index(("00000.tar", -1)) < told.index(("00001.tar", 6))
 
@@ -370,7 +370,7 @@ def test_the_next_shard_is_captioned_while_one_is_published(small: list[str], tm
                 go_on.set()
 
         relabeller._publish, relabeller.report = late, report  # type: ignore[method-assign]
-        assert [shard for shard, _ in relabeller.relabel(small)] == small
+        assert [shard for shard, _ in relabeller.process(small)] == small
 
 
 def test_repeats_of_an_image_are_written_while_the_shard_is_read(
@@ -392,7 +392,7 @@ def test_repeats_of_an_image_are_written_while_the_shard_is_read(
                 yield part
 
         relabeller._prepare = counted  # type: ignore[method-assign]
-        list(relabeller.relabel([str(shard)]))
+        list(relabeller.process([str(shard)]))
     assert len(waiting) == 21 and max(waiting) <= 12
     assert len(read(tmp_path / "out" / "00000.tar")) == 40
 

@@ -93,8 +93,8 @@ class Encoder:
         vae = vae.requires_grad_(False).eval().to(self.device, vae_dtype(vae, self.config.precision))
         return vae.to(memory_format=torch.channels_last)
 
-    def relabel(self, shards: Iterable[str]) -> Iterator[Result]:
-        """Shards with their stats, as soon as they are written. The name is what `engines` calls all such work."""
+    def process(self, shards: Iterable[str]) -> Iterator[Result]:
+        """Shards with their stats, as soon as they are written."""
         for shard in shards:
             yield shard, self._do(shard)
 

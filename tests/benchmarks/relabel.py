@@ -254,7 +254,7 @@ class Ours:
     def run(self, shard: Path, batch_size: int, num_slots: int) -> list[dict[str, str]]:
         with self.job.open(self.device, lambda *_: None) as worker:
             worker.captioner, worker.batch_size, worker.num_slots = self.captioner, batch_size, num_slots
-            list(worker.relabel([str(shard)]))
+            list(worker.process([str(shard)]))
         samples = read_shard(str(self.out / shard.name), [])
         return [{style: sample.caption(style) or "" for style in PROMPTS} for sample in samples]
 
