@@ -56,15 +56,15 @@ class Decoders:
                 _end(process)
             self._free.put(None)
 
-    def decode(self, data: bytes) -> Image.Image:
+    def decode(self, data: bytes, min_side: int | None = None) -> Image.Image:
         """As `decode_image`.
 
         Raises:
             BadSample: as there; or `decode_timeout`, `decoder_crashed`.
         """
-        answer = self._ask(data)
+        answer = self._ask(data, min_side)
         if answer == -signal.SIGKILL:  # the kernel's, for want of memory, which others may have taken
-            answer = self._ask(data)
+            answer = self._ask(data, min_side)
         if isinstance(answer, int):
             raise self._reason(answer)
         said, pixels = answer
@@ -72,11 +72,11 @@ class Decoders:
             raise BadSample(**said)
         return Image.frombytes("RGB", said["size"], pixels)
 
-    def _ask(self, data: bytes) -> tuple[dict[str, Any], bytes] | int:
+    def _ask(self, data: bytes, min_side: int | None) -> tuple[dict[str, Any], bytes] | int:
         """What a process says of an image, and the pixels; or the status with which it has ended."""
         with self._process() as process:
             try:
-                _send(process.stdin, data)
+                _send(process.stdin, json.dumps(min_side).encode(), data)
                 said = json.loads(_receive(process.stdout))
                 return said, _receive(process.stdout) if "size" in said else b""
             except (EOFError, BrokenPipeError):
@@ -143,12 +143,12 @@ def serve(requests: IO[bytes], answers: IO[bytes], timeout: float) -> None:
     """Decode images until there are no more requests. The kernel ends this process where one takes too long."""
     while True:
         try:
-            data = _receive(requests)
+            min_side, data = json.loads(_receive(requests)), _receive(requests)
         except EOFError:
             return
         signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            image = decode_image(data)
+            image = decode_image(data, min_side)
             said, pixels = json.dumps({"size": image.size}), image.tobytes()
         except BadSample as error:
             said, pixels = json.dumps({"reason": error.reason, "detail": error.detail}), None

@@ -29,6 +29,14 @@ def test_the_pixels_are_those_that_would_be_decoded_here() -> None:
             assert found.tobytes() == decode_image(data).tobytes()
 
 
+def test_of_a_large_jpeg_no_more_is_decoded_than_is_asked_for() -> None:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").resize((800, 600)).save(buffer, "JPEG")
+    with Decoders(1) as processes:
+        found = processes.decode(buffer.getvalue(), 120)
+    assert found.size == (200, 150) and found.tobytes() == decode_image(buffer.getvalue(), 120).tobytes()
+
+
 def test_the_reasons_are_those_that_would_be_given_here(shared_data: Path) -> None:
     def said(data: bytes, decode: object) -> tuple[str, str] | None:
         try:
@@ -54,7 +62,7 @@ def test_a_hung_image_is_timed_out_and_the_next_one_is_decoded(tmp_path: Path, m
     (tmp_path / "sitecustomize.py").write_text(
         "import time, recap.sample\n"
         "decode = recap.sample.decode_image\n"
-        "recap.sample.decode_image = lambda data: time.sleep(60) if data == b'hang' else decode(data)\n")
+        "recap.sample.decode_image = lambda data, _: time.sleep(60) if data == b'hang' else decode(data)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with Decoders(1, timeout=0.5) as processes:
         with pytest.raises(BadSample) as error:
@@ -89,7 +97,7 @@ def test_an_image_is_tried_again_where_the_kernel_kills(tmp_path: Path, monkeypa
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, recap.sample\n"
         "decode = recap.sample.decode_image\n"
-        "def decode_image(data):\n"
+        "def decode_image(data, min_side):\n"
         f"    with open({str(tries)!r}, 'a') as file:\n"
         "        file.write('.')\n"
         f"    if os.path.getsize({str(tries)!r}) <= {num_kills}:\n"
@@ -109,7 +117,7 @@ def test_an_image_is_tried_again_where_the_kernel_kills(tmp_path: Path, monkeypa
 def test_memory_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import recap.sample\n"
-        "recap.sample.decode_image = lambda data: bytearray(int(data))\n")
+        "recap.sample.decode_image = lambda data, _: bytearray(int(data))\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     with Decoders(1) as processes, pytest.raises(BadSample) as error:
         processes.decode(str(2 * decoders.MAX_MEMORY).encode())

@@ -247,6 +247,24 @@ def test_an_image_that_cannot_be_used_is_kept_as_its_reason_and_listed(world_mod
         "0000", "0005", "duplicate_key", "missing_image", "undecodable_image", "undecodable_image"]
 
 
+def test_an_image_that_crashes_its_decoder_is_listed(world_models: Path, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, recap.sample\n"
+        "decode = recap.sample.decode_image\n"
+        "def decode_image(data, min_side):\n"
+        "    if data == b'\\x89PNG':\n"
+        "        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "    return decode(data, min_side)\n"
+        "recap.sample.decode_image = decode_image\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("train_t2i.encoder.image_size", lambda data: (40, 40))
+    shard = write(tmp_path / "in" / "00000.tar", [
+        captioned("00000", 0, b"\x89PNG"), captioned("00000", 1, image(0, (40, 40)))])
+    result = encode(tmp_path / "out", [shard], config(world_models))
+    assert (result["images"], result["rejected"]) == (1, {"decoder_crashed": 1})
+
+
 def test_what_the_web_sends_is_used_or_left_out_as_training_does(world_models: Path, tmp_path: Path, model: Diffusion,
                                                                  shared_data: Path) -> None:
     files = sorted((shared_data / "nasty_images").iterdir())

@@ -1,7 +1,7 @@
 """Encodes the images of shards by the VAE, with all that surrounds it in threads beside it.
 
-read ─▶ decode, crop ─▶ images of one size ─▶ the VAE ─▶ write, in the shard's order ─▶ publish
-           threads            a thread                       a thread
+read ─▶ decode ─▶ crop ─▶ images of one size ─▶ the VAE ─▶ write, in the shard's order ─▶ publish
+       processes  threads         a thread                        a thread
 """
 
 import json
@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save
 
 from recap.caption_tables import image_hash
+from recap.decoders import Decoders
 from recap.engines import Report, Result
 from recap.errors import BadSample, UserError
 from recap.memory import in_halves, is_out_of_memory
@@ -83,7 +84,14 @@ class Encoder:
         self.among = tuple(sizes(config.resolution, config.buckets))
         self.batch_size = config.micro_batch_size or BATCH_SIZE
         self.num_threads = max(config.num_workers, NUM_DECODERS)
+        self.decoders = Decoders(self.num_threads)
         self.one_large = Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.decoders.__exit__()
 
     @cached_property
     def vae(self) -> Any:
@@ -122,7 +130,7 @@ class Encoder:
             width, height = image_size(sample.image_bytes)
             size = nearest(width, height, self.among)
             with self.one_large if width * height > LARGE_PIXELS else nullcontext():
-                pixels = to_pixels(sample.image(draft_side(size)), size)
+                pixels = to_pixels(self.decoders.decode(sample.image_bytes, draft_side(size)), size)
             return Item(sample.key, {"sha256": image_hash(sample), "width": width, "height": height}, pixels=pixels)
         except BadSample as error:
             return Item(sample.key, {"reason": error.reason}, error.detail)

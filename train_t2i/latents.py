@@ -12,7 +12,7 @@ command again.
 import json
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,4 +134,4 @@ class Job:
     config: Train
 
     def open(self, device: str, report: Report) -> AbstractContextManager[Encoder]:
-        return nullcontext(Encoder(self.out, self.config, device, report))
+        return Encoder(self.out, self.config, device, report)
