@@ -29,7 +29,7 @@ from train_t2i.sample import load_pipeline
 ABOUT = {"captions": {"short": 1.0, "long": 3.0}, "steps": 1200, "images": 9600, "seed": 3}
 STOCK: dict[str, Any] = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline,
                          "sdxl": StableDiffusionXLPipeline}
-ADAPTED = Lora(rank=2, alpha=6, unet=["to_q", "to_v", "conv1"], text_encoder=["q_proj", "out_proj", "fc1"])
+ADAPTED = Lora(rank=2, alpha=6, dropout=0.5, unet=["to_q", "to_v", "conv1"], text_encoder=["q_proj", "out_proj", "fc1"])
 
 
 def averages(config: Train) -> dict[str, torch.Tensor]:
@@ -41,7 +41,9 @@ def averages(config: Train) -> dict[str, torch.Tensor]:
 
 def exported(folder: Path, config: Train) -> dict[str, torch.Tensor]:
     found = averages(config)
-    export.write(folder, export.averaged_pipeline(config, found), config, ABOUT)
+    pipe = export.averaged_pipeline(config, found)
+    assert not any(each.training for module in models(pipe).values() for each in module.modules())
+    export.write(folder, pipe, config, ABOUT)
     return found
 
 

@@ -198,6 +198,10 @@ def test_the_average_is_that_of_the_equation_and_warms_up() -> None:
     assert third.whole()["weight"].item() == 0
     third.update(layer, step=101)  # by 0.5 three times
     assert third.whole()["weight"].item() == pytest.approx(1 - 0.5**3)
+    third.update(layer, step=102)
+    assert third.whole()["weight"].item() == pytest.approx(1 - 0.5**3)
+    third.update(layer, step=102, is_last=True)  # by 0.5 once
+    assert third.whole()["weight"].item() == pytest.approx(1 - 0.5**4)
     assert list(each.whole()) == ["weight"]
 
 

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from recap.errors import UserError
 from recap.rundir import StageDir
+from train_t2i import export
 from train_t2i.config import Arm, Train
 from train_t2i.data import Batch
 from train_t2i.model import Diffusion
-from train_t2i.train import run
+from train_t2i.train import check, run
 
 ARM = Arm(captions={"alt": 1, "exact": 1})
 
@@ -244,6 +245,16 @@ def test_snapshots_are_kept_beside_the_result(world_models: Path, world_shards: 
     assert is_equal(load_file(tmp_path / "snapshots/0000004/pipeline" / unet), last)
 
 
+def test_a_snapshot_that_a_kill_left_out_comes_with_the_next_try(world_models: Path, world_shards: Path, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(world_models, steps=3, snapshot_every=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(export, "write", stop)
+        train(tmp_path, world_shards, settings)
+    train(tmp_path, world_shards, settings)
+    assert [folder.name for folder in (tmp_path / "snapshots").glob("*/pipeline")] == ["pipeline"]
+
+
 def test_the_log_says_how_fast_it_goes_and_how_long_data_was_waited_for(whole: Path) -> None:
     lines = events(whole, "step")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5] and lines[-1]["images"] == 20
@@ -270,6 +281,22 @@ def test_deepspeed_is_refused_with_what_to_do_instead(world_models: Path, world_
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="DeepSpeed is not supported: launch with --use_fsdp"):
         train(tmp_path, world_shards, config(world_models))
+
+
+@pytest.mark.parametrize(("version", "changes", "message"), [
+    ("1", {}, "FSDP 1 is not supported: launch with --use_fsdp --fsdp_version 2"),
+    ("2", {"optimizer": "adamw8bit"}, "train.optimizer: adamw8bit does not go with FSDP"),
+    ("2", {"precision": "fp16"}, "train.precision: fp16 does not go with FSDP"),
+    ("2", {"ema_device": "cpu"}, "train.ema_device: cpu does not go with FSDP"),
+])
+def test_what_fsdp_cannot_do_is_one_clear_line(version: str, changes: dict[str, str], message: str,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setattr("train_t2i.train.find_spec", lambda name: name)
+    with pytest.raises(UserError, match=message):
+        check(Train(**changes), "cuda")
+    check(Train(), "cpu") if version == "2" else None
 
 
 @pytest.mark.parametrize(("changes", "message"), [

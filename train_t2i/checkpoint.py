@@ -62,7 +62,9 @@ class Checkpoint:
             if self.accelerator.is_main_process:
                 tensors[name] = value.cpu()
         if self.accelerator.is_main_process:
-            state = asdict(everyone) | {"scaler": self.accelerator.scaler and self.accelerator.scaler.state_dict()}
+            scaler = self.accelerator.scaler
+            # A Counter that `asdict` goes into comes back as one of its pairs.
+            state = asdict(everyone) | {"rejects": dict(everyone.rejects), "scaler": scaler and scaler.state_dict()}
             checkpoint.save(self.folder, tensors, state)
         self.accelerator.wait_for_everyone()
 

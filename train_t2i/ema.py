@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 class EMA:
     """θ' ← d·θ' + (1 − d)·θ, with d = min(decay, (1 + step) / (10 + step)) so that a short run leaves its start behind.
 
-    Holds float32 copies of the trainable parameters by name; frozen ones need no average. Updated once for several
-    steps, it uses d to the power of their number.
+    Holds float32 copies of the trainable parameters by name; frozen ones need no average. Updated once for `every`
+    steps, and after the last one, it uses d to the power of their number.
     """
 
     def __init__(self, module: nn.Module, decay: float, every: int = 1, device: str | None = None) -> None:
@@ -20,11 +20,12 @@ class EMA:
         self.shadow = {name: self._copy(p) for name, p in trainable(module)}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, module: nn.Module, step: int, is_last: bool = False) -> None:
         """Take in the parameters after step `step` (from 0)."""
-        if (step + 1) % self.every:
+        num_since = (step + 1) % self.every
+        if num_since and not is_last:
             return
-        decay = min(self.decay, (1 + step) / (10 + step)) ** self.every
+        decay = min(self.decay, (1 + step) / (10 + step)) ** (num_since or self.every)
         parameters = [p.detach() for _, p in trainable(module)]
         if self.device is not None:
             parameters = [p.to(self.device) for p in parameters]

@@ -34,6 +34,9 @@ def averaged_pipeline(config: Train, averages: dict[str, torch.Tensor], device: 
     """
     pipe = load_pipeline(config, "train", "cpu")
     choose_trained(pipe, config)
+    for part in PARTS:
+        if (module := getattr(pipe, part, None)) is not None:
+            module.eval()  # new adapters begin with their dropout on
     if config.zero_terminal_snr:
         pipe.scheduler = with_zero_terminal_snr(pipe.scheduler)
     with torch.no_grad():
@@ -97,8 +100,8 @@ def _save_lora(folder: Path, pipe: Any, config: Train, about: dict[str, Any]) ->
         part: Any = getattr(pipe, name, None)
         if hasattr(part, "peft_config"):
             layers[f"{name}_lora_layers"] = _lora_layers(part, name)
-            # Without it, who loads the file takes alpha to be the rank.
-            layers[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict()
+            # Without it, who loads the file takes alpha to be the rank; with the training's dropout, draws with that.
+            layers[f"{name}_lora_adapter_metadata"] = part.peft_config["default"].to_dict() | {"lora_dropout": 0.0}
     pipe.save_lora_weights(folder, **layers, safe_serialization=True)
     (folder / "README.md").write_text(card(config, about), encoding="utf-8")
 

@@ -63,7 +63,8 @@ class Diffusion(nn.Module):
             for encoder in self.encoders if self.text_encoder_trained else []:
                 encoder.gradient_checkpointing_enable({"use_reentrant": False})
         self.vae.to(memory_format=torch.channels_last)  # convolutions are the faster in it, on CPUs too
-        if config.optimizer != "adamw8bit":  # whose first step makes weights contiguous
+        # 8-bit Adam's first step makes weights contiguous, and FSDP takes no others.
+        if config.optimizer != "adamw8bit" and not is_sharded:
             self.unet.to(memory_format=torch.channels_last)
         if config.compile:
             self.unet.compile()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from recap import progress
 from recap.errors import UserError
@@ -70,6 +71,8 @@ class Monitor:
         # Gradients are the same in all processes, losses are of their own shares.
         losses = self.accelerator.reduce(torch.stack([step.loss for step in self.steps]), "mean").tolist()
         norms = torch.stack([step.grad_norm for step in self.steps]).tolist()
+        if not all(map(math.isfinite, norms)):
+            self.uids = self._everyones()
         first = self.progress.step - len(self.steps)
         for place, norm in enumerate(norms):
             self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
@@ -122,6 +125,11 @@ class Monitor:
 
     def close(self) -> None:
         self.bar.close()
+
+    def _everyones(self) -> list[list[str]]:
+        """The images of each step, in all processes; all must call it."""
+        gathered = gather_object([self.uids])
+        return [[uid for uids in step for uid in uids] for step in zip(*gathered, strict=True)]
 
     def _remark(self, what: str, step: int, loss: float, uids: list[str]) -> None:
         if self.accelerator.is_main_process:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from recap.processes import PATIENCE
+
 
 class Stop:
     """Whether any of the processes was asked to end."""
@@ -18,7 +20,7 @@ class Stop:
         self.accelerator = accelerator
         self.group: Any = None
         if accelerator.num_processes > 1:  # on the CPU, so that nobody waits for a GPU
-            self.group = torch.distributed.new_group(backend="gloo")
+            self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def agreed(self) -> bool:
         """The same answer in all processes, which all must ask."""

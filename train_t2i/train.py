@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch.nn.parallel import DistributedDataParallel
 
 from recap import progress
 from recap.errors import Stopped, UserError
@@ -58,7 +59,7 @@ def _run(accelerator: Accelerator, stage: StageDir, shards: list[str], config: T
     pipe = load_pipeline(config, "train", str(accelerator.device))
     torch.manual_seed(seed)  # the first weights of LoRA
     model = Diffusion(pipe, config, is_sharded=accelerator.distributed_type == DistributedType.FSDP).train()
-    prepared, optimizer = accelerator.prepare(model, open_optimizer(model, config))
+    prepared, optimizer = prepare(accelerator, model, open_optimizer(model, config))
     ema = EMA(model, config.ema_decay, config.ema_every, "cpu" if config.ema_device == "cpu" else None)
     checkpoint = Checkpoint(stage.path, accelerator, model, optimizer.optimizer, ema)
     at = checkpoint.load()
@@ -76,16 +77,16 @@ def _run(accelerator: Accelerator, stage: StageDir, shards: list[str], config: T
                 monitor.validate(validator, ema)
             part = monitor.next(batches)
             updated = update(at.step, part.batches, learning_rate(config, at.step) / config.lr)
-            ema.update(model, at.step)
+            ema.update(model, at.step, is_last=at.step + 1 == config.steps)
             monitor.step(part, updated)
+            if config.snapshot_every and at.step % config.snapshot_every == 0:  # once saved, it would not come again
+                _export(accelerator, stage.path / "snapshots" / f"{at.step:07d}", config, arm, seed, at.step, ema)
             stops = stop.agreed()
             if stops or at.step % config.checkpoint_every == 0:
                 monitor.look()
                 checkpoint.save(at)
             if stops:
                 raise Stopped
-            if config.snapshot_every and at.step % config.snapshot_every == 0:
-                _export(accelerator, stage.path / "snapshots" / f"{at.step:07d}", config, arm, seed, at.step, ema)
         if validator:
             monitor.validate(validator, ema)
     everyone = joint(accelerator, at)
@@ -102,6 +103,19 @@ def open_validator(stage: StageDir, accelerator: Accelerator, config: Train) -> 
         return None
     from train_t2i.validation import Validator  # with torchmetrics and all its metrics, for seconds
     return Validator(stage, accelerator, config)
+
+
+def prepare(accelerator: Accelerator, model: Diffusion, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+    """Have accelerate spread model and optimizer over the processes."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # It would cast weights, but not the batch. With autocast around the model, all is as in one process.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    prepared, wrapped = accelerator.prepare(model, optimizer)
+    if isinstance(prepared, DistributedDataParallel):
+        # They are constants. To send them anew in each forward would keep a process that is out of memory from trying
+        # again by itself.
+        prepared.broadcast_buffers = False
+    return prepared, wrapped
 
 
 def open_optimizer(model: Diffusion, config: Train) -> torch.optim.Optimizer:
@@ -150,9 +164,25 @@ def check(config: Train, device: str) -> None:
             raise UserError("train.optimizer: adamw8bit needs bitsandbytes: pip install 'recap-t2i[quantization]'")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # whose engine steps and saves by itself
         raise UserError("train: DeepSpeed is not supported: launch with --use_fsdp --fsdp_version 2 instead")
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _check_sharded(config)
     if config.batch_size < progress.num_processes():
         raise UserError(f"train.batch_size={config.batch_size} is less than the {progress.num_processes()} processes "
                         "that share a batch: raise it")
     for tracker in config.trackers:
         if find_spec({"tensorboard": "tensorboard"}.get(tracker, tracker)) is None:
             raise UserError(f"train.trackers: {tracker} is not installed: pip install {tracker}")
+
+
+def _check_sharded(config: Train) -> None:
+    """What FSDP cannot do."""
+    if os.environ.get("FSDP_VERSION") != "2":
+        raise UserError("train: FSDP 1 is not supported: launch with --use_fsdp --fsdp_version 2")
+    if config.optimizer == "adamw8bit":
+        raise UserError("train.optimizer: adamw8bit does not go with FSDP, whose weights are in pieces: set it to "
+                        "adamw, or launch without --use_fsdp")
+    if config.precision == "fp16":
+        raise UserError("train.precision: fp16 does not go with FSDP: set it to bf16, or launch without --use_fsdp")
+    if config.ema_device == "cpu":
+        raise UserError("train.ema_device: cpu does not go with FSDP, where each process keeps a piece of the average: "
+                        "leave it out, or launch without --use_fsdp")

@@ -11,6 +11,7 @@ from accelerate.utils import DistributedType
 
 from recap.errors import UserError
 from recap.memory import free_memory, is_out_of_memory
+from recap.processes import PATIENCE
 from recap.progress import warn
 from train_t2i.batch import Batch
 from train_t2i.config import Train
@@ -40,6 +41,9 @@ class Updater:
         self.micro_batch_size = config.micro_batch_size or config.batch_size
         self.is_sharded = accelerator.distributed_type == DistributedType.FSDP
         self.is_rehearsed = accelerator.num_processes == 1 or self.is_sharded
+        self.group: Any = None
+        if self.is_sharded:  # on the CPU, so that nobody waits for a GPU
+            self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         self.has_begun_to_sync = False
         self.skips_itself = bool(getattr(optimizer.optimizer, "_step_supports_amp_scaling", False))
 
@@ -95,8 +99,8 @@ class Updater:
         """Processes that hold pieces of the weights must compute equally often: some of them nothing, at the end."""
         if not self.is_sharded:
             return parts
-        most = torch.tensor(len(parts), device=self.accelerator.device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        most = torch.tensor(len(parts))
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, self.group)
         nothing = replace(parts[-1].slice(0, 1), weights=torch.zeros(1))
         return [*parts, *[nothing] * (int(most.item()) - len(parts))]
 
@@ -111,11 +115,16 @@ class Updater:
             is_last = place + 1 == len(parts)
             # Gradients meet across processes at the last micro-batch only, where they are averaged.
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                loss = self.model(part.to(self.accelerator.device)).sum() / share
+                loss = self._losses(part).sum() / share
                 self.has_begun_to_sync = is_last and self.accelerator.num_processes > 1
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _losses(self, part: Batch) -> torch.Tensor:
+        with self.accelerator.autocast():
+            losses: torch.Tensor = self.model(part.to(self.accelerator.device))
+        return losses
 
     def _rehearse(self, batches: list[Batch]) -> None:
         """Find the micro-batch that fits before the other processes wait for what can't be begun again."""
@@ -124,9 +133,12 @@ class Updater:
         self.is_rehearsed = True
         while True:
             try:
+                moments = [torch.empty_like(p) for p in self.parameters for _ in range(2)]  # the optimizer's, to come
                 with self.accelerator.no_sync(self.model):
                     part = next(self._parts(batches))
-                    self.accelerator.backward(self.model(part.to(self.accelerator.device)).sum())
+                    for _ in range(2):  # the second with gradients in memory
+                        self.accelerator.backward(self._losses(part).sum())
+                del moments
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
@@ -143,6 +155,6 @@ class Updater:
                             "lower train.resolution or train.max_windows, or [train.lora]") from None
         if self.has_begun_to_sync or self.is_sharded:
             raise UserError("train: out of memory while the processes exchange gradients, from where none can go back: "
-                            f"set train.micro_batch_size below {self.micro_batch_size}, and run again") from None
+                            f"set train.micro_batch_size below {largest}, and run again") from None
         self.micro_batch_size = largest // 2
         warn(f"out of memory: train.micro_batch_size is {self.micro_batch_size} from here on; the batch stays the same")

@@ -68,7 +68,7 @@ from train_t2i.data import Batch, Parts, steps
 from train_t2i.ema import EMA
 from train_t2i.model import Diffusion
 from train_t2i.sample import load_pipeline
-from train_t2i.train import open_optimizer
+from train_t2i.train import open_optimizer, prepare
 from train_t2i.update import Updater
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -210,7 +210,7 @@ class Ours:
         self.accelerator = open_accelerator(config.precision, device)
         self.config = config
         self.model = Diffusion(load_pipeline(config, "train", str(self.accelerator.device)), config).train()
-        prepared, optimizer = self.accelerator.prepare(self.model, open_optimizer(self.model, config))
+        prepared, optimizer = prepare(self.accelerator, self.model, open_optimizer(self.model, config))
         self.ema = EMA(self.model, config.ema_decay)
         self.update = Updater(self.accelerator, prepared, optimizer, config, 0)
         self.parts = steps(Parts(shards, arm, config, 0, self.model.recipe, kept), pin=device == "cuda")
