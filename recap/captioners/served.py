@@ -9,7 +9,7 @@ import io
 import json
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, Self
 
 from PIL import Image
@@ -94,13 +94,22 @@ class Served(Captioner):
         if style.num_beams > 1 or style.no_repeat_ngram_size:
             raise UserError("styles: a server decodes greedily: leave num_beams and no_repeat_ngram_size out, or name "
                             "the model itself instead of captioner.server")
-        with ThreadPoolExecutor(MAX_REQUESTS) as pool:
-            answers = [pool.submit(self._ask, url, style, place) for place, url in enumerate(features)]
+        is_over = threading.Event()
+
+        def ask(url: str, place: int) -> Caption:
+            if is_over.is_set():  # nobody will come to this answer: one that was begun before it has failed
+                raise CancelledError
             try:
-                return [answer.result() for answer in answers]
-            finally:  # after an error, none of those that wait is sent
-                for answer in answers:
-                    answer.cancel()
+                return self._ask(url, style, place)
+            except BaseException:
+                is_over.set()
+                raise
+
+        with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+            try:
+                return list(pool.map(ask, features, range(len(features))))
+            finally:
+                is_over.set()
 
     def _ask(self, url: str, style: Style, place: int) -> Caption:
         try:
