@@ -133,18 +133,19 @@ class Updater:
         self.is_rehearsed = True
         while True:
             try:
-                moments = [torch.empty_like(p) for p in self.parameters for _ in range(2)]  # the optimizer's, to come
+                if not self.optimizer.state:  # Adam's moments are to come
+                    moments = [torch.empty_like(p) for p in self.parameters for _ in range(2)]
                 with self.accelerator.no_sync(self.model):
                     part = next(self._parts(batches))
                     for _ in range(2):  # the second with gradients in memory
                         self.accelerator.backward(self._losses(part).sum())
-                del moments
                 break
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._halve()
             finally:
+                moments = []  # noqa: F841  (the memory is free again)
                 self.optimizer.zero_grad(set_to_none=True)
             free_memory()
 
