@@ -1,6 +1,6 @@
 """Images per second of Recap's training, and of diffusers' `train_text_to_image` procedure, turn by turn in one run.
 
-    python tests/benchmarks/train.py [--model mid|sd14] [--device cpu|cuda] [--sides 256 512] [--turns 3]
+    python tests/benchmarks/train.py [--model mid|small|sd14] [--device cpu|cuda] [--sides 256 512] [--turns 3]
     python tests/benchmarks/train.py --script PATH/train_text_to_image.py    the original script beside it, once
     python tests/benchmarks/train.py --flat 10000                            memory over so many steps of a tiny model
 
@@ -88,6 +88,8 @@ class Size:
     heads: int
     batch_size: int
     num_steps: int
+    layers_per_block: int = 2
+    mid_block: str | None = "UNetMidBlock2DCrossAttn"
 
 
 SIZES = {
@@ -95,6 +97,10 @@ SIZES = {
     "mid": Size((80, 160, 320, 320), (32, 64, 128, 128),
                 {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3}, 2,
                 batch_size=8, num_steps=6),
+    # The same quarter of BK-SDM-Small (arXiv 2305.15798): a UNet of less depth, beside Stable Diffusion's own VAE.
+    "small": Size((80, 160, 320, 320), (32, 64, 128, 128),
+                  {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 12, "num_attention_heads": 3}, 2,
+                  batch_size=8, num_steps=6, layers_per_block=1, mid_block=None),
     "sd14": Size((320, 640, 1280, 1280), (128, 256, 512, 512),
                  {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}, 8,
                  batch_size=64, num_steps=20),
@@ -108,7 +114,8 @@ def write_model(folder: Path, size: Size, side: int) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(3, 3, ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, size.vae, layers_per_block=2,
                         latent_channels=4, sample_size=side)
-    unet = UNet2DConditionModel(sample_size=side // 8, layers_per_block=2, block_out_channels=size.unet,
+    unet = UNet2DConditionModel(sample_size=side // 8, block_out_channels=size.unet,
+                                layers_per_block=size.layers_per_block, mid_block_type=size.mid_block,
                                 norm_num_groups=16 if size.unet[0] % 32 else 32, attention_head_dim=size.heads,
                                 cross_attention_dim=size.text["hidden_size"])
     text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, max_position_embeddings=77, bos_token_id=49406,
