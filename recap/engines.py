@@ -127,8 +127,9 @@ def _rank(job: Job, shards: list[str], device: str, meter: Meter) -> Iterator[Re
     """The shards that this rank is the first to claim. The first rank stays until all are done."""
     import torch
     dist: Any = torch.distributed
-    store, rank, num_ranks = next(iter(dist.rendezvous("env://")))
-    store = dist.PrefixStore(f"recap/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store, rank, num_ranks = _rendezvous()
+    # A command may have several such works, one after the other; each has an output of its own.
+    store = dist.PrefixStore(f"recap/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{job.out}", store)
     if rank == 0:  # the others may have begun later, when some of them were done
         _put(store, "shards", shards)
     shards = _get(store, "shards")
@@ -141,6 +142,14 @@ def _rank(job: Job, shards: list[str], device: str, meter: Meter) -> Iterator[Re
     if rank == 0:
         _wait_for_others(store, len(shards))
         _let_go(store, num_ranks)
+
+
+@functools.cache
+def _rendezvous() -> tuple[Any, int, int]:
+    """The ranks' store, this rank and how many there are. One store, as its address can be had but once."""
+    import torch
+    dist: Any = torch.distributed
+    return next(iter(dist.rendezvous("env://")))
 
 
 def _own(device: str) -> str:
