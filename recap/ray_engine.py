@@ -19,7 +19,7 @@ from recap.storage import is_local
 try:
     import ray
 except ImportError:
-    raise UserError("relabel.engine=ray needs Ray: pip install 'recap-t2i[ray]'") from None
+    raise UserError("engine=ray needs Ray: pip install 'recap-t2i[ray]'") from None
 
 LOOK_EVERY = 10.0
 """Seconds between looks for GPUs that have joined the cluster."""
@@ -90,7 +90,7 @@ def _go_to(folder: str, out: str) -> None:
     if Path(folder).is_dir():
         os.chdir(folder)
     elif is_local(out) and not Path(out).is_absolute():
-        raise UserError(f"relabel.engine=ray: {socket.gethostname()} has no {folder}, which {out} is in: share that "
+        raise UserError(f"engine=ray: {socket.gethostname()} has no {folder}, which {out} is in: share that "
                         "folder with all machines of the cluster, or let runs and relabel.output be absolute paths "
                         "that they share")
 
@@ -204,7 +204,7 @@ def _connect() -> None:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"relabel.engine=ray: no cluster at RAY_ADDRESS={address} ({reason}): start it with "
+        raise UserError(f"engine=ray: no cluster at RAY_ADDRESS={address} ({reason}): start it with "
                         "`ray start --head`, or unset RAY_ADDRESS for one on this machine alone") from None
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from eval.config import Generate
-from eval.prompts import MAX_ABOUT, Prompt, load_prompts, prompt_inputs, prompt_sets
+from eval.prompts import MAX_ABOUT, MAX_PROMPT, Prompt, load_prompts, prompt_inputs, prompt_sets
+from recap.config import validate
 from recap.errors import UserError
 from recap.sample import Sample
 from recap.shards import ShardWriter
@@ -25,6 +26,45 @@ def test_each_kind_of_file(tmp_path: Path) -> None:
     assert texts_of(tmp_path / "b.tsv", table) == ['"Hello" on a sign', "a cat"]
     lines = '{"prompt": "a cat", "tag": 1}\n{"prompt": "a dog"}'
     assert texts_of(tmp_path / "c.jsonl", lines) == ["a cat", "a dog"]
+    rows = 'Text,CAPTION,id\r\nx,"a ""big"" cat,\r\non a mat",1\r\ny,=HYPERLINK(1),2\r\n'
+    assert texts_of(tmp_path / "d.csv", rows) == ['a "big" cat, on a mat', "=HYPERLINK(1)"]
+
+
+def test_categories_of_tables_travel_with_the_prompt(tmp_path: Path) -> None:
+    for name, separator in (("a.tsv", "\t"), ("a.csv", ",")):
+        rows = [["prompt", "Category", "note", "challenge"], ["a cat", "Animals", "x", "Basic"], ["a dog", "", "y"]]
+        (tmp_path / name).write_text("\n".join(map(separator.join, rows)))
+        assert load_prompts(Generate(prompts=str(tmp_path / name))) == [
+            Prompt("a cat", "a", {"Category": "Animals", "Challenge": "Basic"}), Prompt("a dog", "a", {})]
+
+
+def test_annotations_give_the_first_caption_of_every_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "captions_val2014.json"
+    path.write_text(json.dumps({
+        "info": {}, "images": [{"id": 9}, {"id": 4}, {"id": 7}, {"id": 5}],
+        "annotations": [{"image_id": 4, "id": 1, "caption": "a\ncat "}, {"image_id": 9, "id": 2, "caption": "a dog"},
+                        {"image_id": 4, "id": 3, "caption": "a hen"}, {"image_id": 7, "id": 4, "caption": "an ox"}]}))
+    assert load_prompts(Generate(prompts=str(path))) == [
+        Prompt("a dog", "captions_val2014", {"image_id": 9}), Prompt("a cat", "captions_val2014", {"image_id": 4}),
+        Prompt("an ox", "captions_val2014", {"image_id": 7})]
+    assert "has 1 images without a caption" in capsys.readouterr().err
+
+
+def test_a_draw_is_of_the_seed_and_in_the_order_of_the_file(tmp_path: Path) -> None:
+    texts = [f"scene {place}" for place in range(200)]
+    (tmp_path / "a.txt").write_text("\n".join(texts))
+
+    def drawn(seed: int | None, num: int = 50) -> list[int]:
+        config = Generate(prompts=str(tmp_path / "a.txt"), num_prompts=num, prompts_seed=seed)
+        return [texts.index(prompt.text) for prompt in load_prompts(config)]
+
+    assert drawn(None) == list(range(50))
+    found = drawn(0)
+    assert found == drawn(0) == sorted(found) and len(set(found)) == 50
+    assert 60 < sum(found) / 50 < 140 and len(set(found) & set(drawn(1))) < 30
+    assert set(drawn(0, 20)) < set(found) and drawn(0, 500) == list(range(200))
+    with pytest.raises(UserError, match=r"prompts_seed draws generate\.num_prompts of every set: say how many"):
+        validate({"prompts_seed": 1}, Generate, "mine.toml")
 
 
 def test_files_are_sets_and_the_limit_is_of_each(tmp_path: Path) -> None:
@@ -57,11 +97,18 @@ def test_two_files_of_one_stem_are_refused(tmp_path: Path) -> None:
 
 def test_real_prompt_sets(shared_data: Path) -> None:
     folder = shared_data / "prompts"
-    counts = {"PartiPrompts.tsv": 1632, "dpg_bench.jsonl": 1065, "geneval.jsonl": 553}
+    counts = {"PartiPrompts.tsv": 1632, "dpg_bench.jsonl": 1065, "geneval.jsonl": 553, "t2i_compbench_val.jsonl": 2400}
     for name, count in counts.items():
         assert len(load_prompts(Generate(prompts=str(folder / name)))) == count
     parti = Generate(prompts=str(folder / "PartiPrompts.tsv"), num_prompts=2)
-    assert load_prompts(parti) == [Prompt("bond", "PartiPrompts", {}), Prompt("element", "PartiPrompts", {})]
+    about = {"Category": "Abstract", "Challenge": "Basic"}
+    assert load_prompts(parti) == [Prompt("bond", "PartiPrompts", about), Prompt("element", "PartiPrompts", about)]
+    assert all(set(prompt.about) == {"Category", "Challenge"} for prompt in load_prompts(
+        Generate(prompts=str(folder / "PartiPrompts.tsv"))))
+    composed = load_prompts(Generate(prompts=str(folder / "t2i_compbench_val.jsonl")))
+    assert len({prompt.about["category"] for prompt in composed}) == 8
+    asked = load_prompts(Generate(prompts=str(folder / "geneval.jsonl"), num_prompts=1))
+    assert asked[0].about == {"tag": "single_object", "include": [{"class": "bench", "count": 1}]}
 
 
 @pytest.mark.parametrize(("name", "content", "says"), [
@@ -80,7 +127,26 @@ def test_real_prompt_sets(shared_data: Path) -> None:
     ("a.jsonl", b'{"prompt": "a cat", "x": NaN}\n', "line 1 of"),
     ("a.jsonl", b"[" * 100_000, "line 1 of"),
     ("a.jsonl", b'{"prompt": "a cat", "x": "%s"}\n' % (b"x" * MAX_ABOUT), "line 1 of .* leave at most 16,384"),
-    ("a.csv", b"a cat\n", "cannot read"),
+    ("a.jsonl", b'{"prompt": "a cat"}\n\n', "line 2 of"),
+    ("a.jsonl", b'{"prompt": "%s"}\n' % (b"x" * (MAX_PROMPT + 1)), "line 1 of .* leave at most 16,384"),
+    ("a.txt", b"a cat\n" + b"x" * (MAX_PROMPT + 1), "line 2 of .* leave at most 16,384"),
+    ("a.tsv", b"Prompt\tCategory\na cat\t%s\n" % (b"x" * MAX_ABOUT), "line 2 of .* leave at most 16,384"),
+    ("a.csv", b"a cat\n", "no column Prompt, Caption or Text, only a cat:"),
+    ("a.csv", b"", "only nothing"),
+    ("a.csv", b"caption\na cat\n\na dog\n", "line 3 of"),
+    ("a.csv", b'id,caption\n1,"a cat\n', r"line 2 of .* is no CSV \(unexpected end of data\)"),
+    ("a.csv", b'caption\n"a" cat\n', "line 2 of .* is no CSV"),
+    ("a.csv", b"caption\n" + b"x" * 200_000, "line 2 of .* is no CSV .*field larger"),
+    ("a.csv", b"caf\xe9", "not UTF-8 at byte 3"),
+    ("a.json", b'{"images": [{"id": 1}]}', "as COCO's captions are"),
+    ("a.json", b'[1, 2]', "as COCO's captions are"),
+    ("a.json", b'{"images": [{"id": 1e999}], "annotations": []}', "as COCO's captions are"),
+    ("a.json", b'{"images": [], "annotations": [{"image_id": 1, "caption": "\\ud800"}]}', "as COCO's captions are"),
+    ("a.json", b'{"images": [], "annotations": [{"image_id": 1, "caption": 3}]}', "as COCO's captions are"),
+    ("a.json", b"[" * 100_000, "as COCO's captions are"),
+    ("a.json", b'{"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": " "}]}', "image 1 of"),
+    ("a.json", b'{"images": [], "annotations": []}', "no prompts of the set a in"),
+    ("a.yaml", b"a cat\n", "cannot read"),
 ])
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)

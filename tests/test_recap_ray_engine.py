@@ -108,4 +108,4 @@ def test_a_cluster_that_is_not_there_is_one_clear_line(tmp_path: Path, monkeypat
     with pytest.raises(UserError) as raised:
         RayPool(Job(tmp_path), None, "cpu")
     said = str(raised.value)
-    assert said.startswith(f"relabel.engine=ray: no cluster at RAY_ADDRESS={address} (") and "else" not in said
+    assert said.startswith(f"engine=ray: no cluster at RAY_ADDRESS={address} (") and "else" not in said
