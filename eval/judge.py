@@ -11,21 +11,25 @@ shard, checkpoint or prompt can.
 import importlib
 import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import numpy as np
 from PIL import Image
 
-from eval.config import JudgeRef
+from eval.config import Evaluate, JudgeRef
 from eval.prompts import Prompt
 from recap.errors import UserError
 from recap.rundir import folder_identity
 
 WHERE = "evaluate.judge"
 METRIC = re.compile(r"[a-z][a-z0-9_]{0,39}")
-TAKEN = ("schema", "sets", "fid", "clip_score", "num_images", "num_reference", "clip_truncated", "features",
-         "feature_dim", "clip_model", "judge", "headline_sets")
+TAKEN = ("schema", "sets", "prompts", "size", "is_cut", "features", "clip_score", "fid", "fid_infinity", "fd_dinov2",
+         "fd_dinov2_infinity", "cmmd", "kid", "precision", "recall", "density", "coverage", "distances", "num_images",
+         "num_prompts", "num_reference", "clip_truncated", "clip_model", "judges", "headline_sets", "sizes",
+         "is_paired")
 """Names in scores.json and metrics.json that no judge may use."""
 
 
@@ -52,17 +56,32 @@ class Facts(Protocol):
     def total(self) -> int: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What a judge measures."""
+
+    about: str
+    """What it is, in one line."""
+    lower_is_better: bool = False
+    is_share: bool = True
+    """In 0…1, written in percent; else any number from 0 on."""
+
+
 class Judge(Protocol):
     """Says what a picture shows of what its prompt asks. A class also has `open(folder: str, device: str) -> Judge`."""
 
     name: str
     """Model and version, for the report."""
-    metrics: dict[str, str]
-    """Metric (`object_accuracy`) → what it is, in one line. All are in 0…1, and higher is better; the first leads."""
+    metrics: Mapping[str, Metric | str]
+    """Metric (`object_accuracy`) → what it is; a text stands for a share, higher is better. The first leads."""
 
     def images(self, images: list[Image.Image], prompts: list[Prompt]) -> list[dict[str, float | None]]:
         """For every picture, metric → value; None where the prompt asks nothing of that kind."""
         ...
+
+
+class CaptionJudge(Judge, Protocol):
+    """One that reads captions as well."""
 
     def caption(self, caption: str, metadata: dict[str, Any]) -> Facts:
         """What a caption says right and wrong of an image, by the image's metadata (`KEY.json` of its shard).
@@ -73,7 +92,34 @@ class Judge(Protocol):
         ...
 
 
-def open_judge(ref: JudgeRef, device: str) -> Judge:
+BUILT_IN = {"detector": "eval.judges.detector:DetectorJudge", "vqa": "eval.judges.vqa:VqaJudge"}
+"""Table of `[evaluate]` → class, whose `open(table, device)` gives a judge."""
+JUDGES = ("judge", *BUILT_IN)
+"""One's own leads."""
+
+
+def open_named(name: str, config: Evaluate, device: str) -> Judge:
+    """Open one of `JUDGES`, whose table is there."""
+    table = getattr(config, name)
+    if name not in BUILT_IN:
+        return open_judge(table, device)
+    module, _, kind = BUILT_IN[name].partition(":")
+    return cast(Judge, getattr(importlib.import_module(module), kind).open(table, device))
+
+
+def check_prompts(config: Evaluate, prompts: list[Prompt]) -> None:
+    """Have the built-in judges look at what comes with the prompts. `UserError` where they could not read it later."""
+    for table, target in BUILT_IN.items():
+        if (own := getattr(config, table)) is not None:
+            importlib.import_module(target.partition(":")[0]).check(own, prompts)
+
+
+def metrics_of(judge: Judge) -> dict[str, Metric]:
+    """Its metrics, in order."""
+    return {name: Metric(found) if isinstance(found, str) else found for name, found in judge.metrics.items()}
+
+
+def open_judge(ref: JudgeRef, device: str) -> CaptionJudge:
     """Import the class and open its model.
 
     Raises:
@@ -91,7 +137,7 @@ def open_judge(ref: JudgeRef, device: str) -> Judge:
     if not callable(getattr(found, "open", None)):
         raise UserError(f"{WHERE}.target: {ref.target} has no open(folder, device): see eval/judge.py")
     try:
-        judge = cast(Judge, found.open(ref.model, device))
+        judge = cast(CaptionJudge, found.open(ref.model, device))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{WHERE}.model: {ref.target} cannot open {ref.model}: {_one_line(error)}") from error
     _check_metrics(ref.target, judge)
@@ -120,7 +166,9 @@ def find_judge(ref: JudgeRef) -> list[Any]:
 
 
 def judge_images(judge: Judge, images: list[Image.Image], prompts: list[Prompt]) -> list[dict[str, float | None]]:
-    """`judge.images`, held to what it promises: for every picture every metric, None or in 0…1."""
+    """`judge.images`, held to what it promises: for every picture every metric, None or a number from 0 on; shares in
+    0…1.
+    """
     found = judge.images(images, prompts)
     if len(found) != len(images):
         raise UserError(f"{WHERE}: {judge.name} gave {len(found)} results for {len(images)} pictures: "
@@ -129,15 +177,18 @@ def judge_images(judge: Judge, images: list[Image.Image], prompts: list[Prompt])
         if values.keys() != judge.metrics.keys():
             raise UserError(f"{WHERE}: {judge.name} gave the metrics {', '.join(values)}, its `metrics` are "
                             f"{', '.join(judge.metrics)}: mend its images()")
-    return [{metric: _checked(judge, metric, values[metric]) for metric in judge.metrics} for values in found]
+    metrics = metrics_of(judge)
+    return [{name: _checked(judge.name, name, metric, values[name]) for name, metric in metrics.items()}
+            for values in found]
 
 
-def _checked(judge: Judge, metric: str, value: float | None) -> float | None:
+def _checked(judge: str, name: str, metric: Metric, value: float | None) -> float | None:
     if value is None:
         return None
-    number = float(value)
-    if not 0 <= number <= 1:  # NaN is refused as well
-        raise UserError(f"{WHERE}: {judge.name} gave {metric} = {number}, which is not in 0…1: mend its images()")
+    number, most = float(value), 1.0 if metric.is_share else float(np.finfo(np.float64).max)
+    if not 0 <= number <= most:  # NaN is refused as well
+        limits = "in 0…1" if metric.is_share else "a finite number from 0 on"
+        raise UserError(f"{WHERE}: {judge} gave {name} = {number}, which is not {limits}: mend its images()")
     return number
 
 
