@@ -18,7 +18,7 @@ from eval.captioner_scores import FACTS, adjust, facts_of, score, with_share
 from eval.captioner_table import page
 from eval.captioning import Contestant, Unseen
 from eval.config import Ablate
-from eval.judge import Judge, find_judge, open_judge
+from eval.judge import CaptionJudge, find_judge, open_judge
 from recap import pipeline, progress
 from recap.caption_sets import read_shards
 from recap.config.stitch import Stitch
@@ -179,7 +179,7 @@ def stitched_figures(exp: Experiment, stitched: dict[str, Stage]) -> list[dict[s
     return rows
 
 
-def _measures(exp: Experiment, stage: Stage, judge: Judge | None) -> dict[str, dict[str, Measure]]:
+def _measures(exp: Experiment, stage: Stage, judge: CaptionJudge | None) -> dict[str, dict[str, Measure]]:
     """Style → figures of the captions of one mix, image by image."""
     words: dict[str, list[float]] = {style: [] for style in exp.styles}
     counts: dict[str, list[list[float]]] = {style: [] for style in exp.styles}

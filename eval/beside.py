@@ -26,10 +26,10 @@ _Text = Annotated[str, Field(max_length=2000)]
 
 
 def _numbers(metrics: Any) -> Any:
-    """Metrics without what is no number; their `judge` is kept, as it names them."""
+    """Metrics without what is no number; their `judges` are kept, as they name them."""
     if not isinstance(metrics, dict):
         return metrics
-    return {key: value for key, value in metrics.items() if key == "judge" or value is None
+    return {key: value for key, value in metrics.items() if key == "judges" or value is None
             or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))}
 
 
@@ -73,7 +73,8 @@ class BesideComparison(_Part):
     num_prompts: int | None = None
     num_seeds: int | None = None
     num_base_models: int | None = None
-    over: Literal["prompts", "prompts and seeds"] | None = None
+    p_holm: FiniteFloat | None = None
+    over: Literal["prompts", "prompts and seeds", "images"] | None = None
 
 
 class BesideSets(BesideComparison):

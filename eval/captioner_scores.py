@@ -13,7 +13,7 @@ from eval.captions import ScoredCaptions, compare_captioners, score_captions, su
 from eval.clip_score import ClipScorer
 from eval.clipscore_hessel import clipscores
 from eval.config import ClipScore, JudgeRef
-from eval.judge import Judge, open_judge
+from eval.judge import CaptionJudge, open_judge
 from eval.statistics import ALPHA, holm
 from recap import progress
 from recap.caption_sets import CaptionedImage
@@ -194,7 +194,7 @@ def _facts_apart(a: ScoredCaptions, b: ScoredCaptions, seed: int) -> dict[str, A
 
 
 @cache
-def _open(target: str, model: str, device: str) -> Judge:
+def _open(target: str, model: str, device: str) -> CaptionJudge:
     return open_judge(JudgeRef(target=target, model=model), device)
 
 
@@ -212,7 +212,7 @@ def _metadata(urls: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def facts_of(judge: Judge | None, caption: str, metadata: dict[str, Any]) -> list[float]:
+def facts_of(judge: CaptionJudge | None, caption: str, metadata: dict[str, Any]) -> list[float]:
     """Facts that a caption states, and those there are; true statements, and all; zeros of an image nobody knows."""
     try:
         found = judge.caption(caption, metadata) if judge else None

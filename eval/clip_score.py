@@ -50,7 +50,8 @@ class ClipScorer:
         self._model.eval()
         self._device = device
         self.context_length = int(self._tokenizer.context_length)
-        self.name = f"open_clip {_version(folder)}, {SCALE}, no prefix, long texts by sentence"
+        self.version = _version(folder)
+        self.name = f"open_clip {self.version}, {SCALE}, no prefix, long texts by sentence"
         """Model, version and scale, for the report."""
 
     @property
@@ -79,7 +80,7 @@ class ClipScorer:
     def score_embedded(self, image_vectors: np.ndarray, texts: list[str]) -> tuple[np.ndarray, int]:
         """The same of images that are embedded already: (N, D), a row for each text."""
         parts = [self._parts(text) for text in texts]
-        truncated = sum(any(not self._fits(part) for part in each) for each in parts)
+        truncated = sum(map(self.is_cut, texts))
         owner = np.repeat(np.arange(len(parts)), [len(each) for each in parts])
         text_vectors = self.embed_texts([part for each in parts for part in each])
         cosines = (image_vectors[owner] * text_vectors).sum(axis=1)
@@ -110,10 +111,24 @@ class ClipScorer:
         """Images, RGB, as the model reads them: (N, 3, H, W)."""
         return torch.stack([self._preprocess(image) for image in images])
 
-    @torch.no_grad()
     def embed_pixels(self, pixels: torch.Tensor) -> np.ndarray:
         """Embed preprocessed images in one batch: (N, D) float64, rows of length 1."""
-        return _unit(self._model.encode_image(pixels.to(self._device)))
+        return _unit(self.encode_pixels(pixels))
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The same on the model's device, in its own type, and of whatever length."""
+        found: torch.Tensor = self._model.encode_image(pixels.to(self._device))
+        return found
+
+    @property
+    def visual(self) -> Any:
+        """The image encoder, with `image_size`, `image_mean` and `image_std`."""
+        return self._model.visual
+
+    def is_cut(self, text: str) -> bool:
+        """Whether a text loses tokens even by sentence, because one of them is longer than the context."""
+        return any(not self._fits(part) for part in self._parts(text))
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Arms against arms: means over seeds, and paired differences over prompts and seeds."""
 
 import json
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,13 +9,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eval.fid import Statistics
-from eval.fid_difference import Fids, fid_difference, resample_fid, why_no_interval
-from eval.measures import FID, Measure, measures_of
-from eval.prompts import PROMPTS_FILE
+from eval.drawn import Drawn, read_list
+from eval.measures import CLIP_SCORE, DISTANCES, Measure, headline_measures, measures_of
 from eval.scores import Scores, check_sets
-from eval.statistics import mean_over_runs, paired_difference
-from recap import progress
+from eval.statistics import (
+    ALPHA,
+    CANT_TELL,
+    holm,
+    mean_over_runs,
+    paired_difference,
+    paired_ratio,
+    unpaired_difference,
+)
 from recap.errors import UserError
 
 CONTROLS = ("base", "oracle", "shuffled")
@@ -62,33 +66,22 @@ class Run:
         """Every metric for every prompt."""
         try:
             return Scores.load(self.evaluated / "scores.json")
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):
             raise self._unreadable("scores.json") from None
 
     def headline(self, metric: str) -> np.ndarray:
         """Values of one metric, (N,), over the prompts of the headline sets; NaN for None."""
-        return self.scores.values(metric, self.metrics["headline_sets"])
-
-    def features(self) -> tuple[np.ndarray, list[int]]:
-        """Features (N, D) float32 of the pictures that FID is taken over, and their indices among the prompts."""
-        try:
-            with np.load(self.evaluated / "features.npz", allow_pickle=False) as content:
-                return content["features"], content["index"].tolist()
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            raise self._unreadable("features.npz") from None
+        return self.scores.by_prompt(metric, self.metrics["headline_sets"])
 
     @cached_property
-    def prompts(self) -> bytes:
-        """What it was drawn from, prompts and noise: the whole of prompts.jsonl."""
-        try:
-            return (self.images / PROMPTS_FILE).read_bytes()
-        except OSError:
-            raise UserError(f"no readable {PROMPTS_FILE} in {self.images}: run `recap generate` first") from None
+    def drawn(self) -> list[Drawn]:
+        """The pictures, and what they were drawn from."""
+        return read_list(self.images)
 
-    @property
-    def has_features(self) -> bool:
-        """Whether `features` is there to be read."""
-        return (self.evaluated / "features.npz").is_file()
+    @cached_property
+    def asked(self) -> list[tuple[str, str]]:
+        """Prompt set and prompt of every picture."""
+        return [(each.prompt.set, each.prompt.text) for each in self.drawn]
 
     def _unreadable(self, name: str) -> UserError:
         return UserError(f"no readable {name} in {self.evaluated}: run `recap evaluate` first")
@@ -156,24 +149,34 @@ def pairs(arms: list[str]) -> list[tuple[str, str]]:
     return [(a, b) for place, b in enumerate(ranked) for a in arms if a in ranked[place + 1:]]
 
 
-def compare(arms: list[str], runs: list[Run], reference: Statistics | None = None, seed: int = 0
-            ) -> list[dict[str, Any]]:
+def compare(arms: list[str], runs: list[Run], seed: int = 0) -> list[dict[str, Any]]:
     """All `pairs` of arms by every measure, as `report.json` lists them.
 
     Arms are paired over the prompts of the headline sets, and over training seeds: the prompt is the unit, so its
-    scores are averaged over seeds. FID, a figure of a whole set of images, is compared by resampling prompts
-    (`eval.fid_difference`), where its reference is given. Each says in which `unit` its difference is ("share": of 1),
-    and whether "higher" or "lower" is `better`.
+    scores are averaged over pictures and seeds. A distance to real images, a figure of a whole set, is compared by its
+    pseudovalues, so that its difference is that of endless images; and by its ratio, too. Each says in which `unit` its
+    difference is ("share": of 1), and whether "higher" or "lower" is `better`.
+
+    Where several arms are held against the baseline by the headline measures, chance has as many tries: their p-values
+    are adjusted as a family (`p_holm`), and what is no more significant is no more called better or worse. All others
+    are for exploring, and not adjusted.
     """
-    compared = [pair for a, b in pairs(arms) if (pair := Pair.of(a, b, runs)).ours]
     found = []
-    for pair in compared:
-        pair.check_alike()
-        for measure in measures_of(runs[0].metrics)[:-1]:
-            ours, theirs = (np.array([run.headline(measure.key) for run in each]) for each in (pair.ours, pair.theirs))
-            if _any_shared(ours, theirs):
-                found.append({**pair.named(measure), **paired_difference(ours, theirs, seed, seeds=pair.seeds)})
-    return found + (_compare_fids(compared, reference, seed) if reference else [])
+    for a, b in pairs(arms):
+        if (pair := Pair.of(a, b, runs)).ours:
+            pair.check_alike()
+            found += [pair.named(measure) | pair.compared(measure, seed) for measure in measures_of(runs[0].metrics)
+                      if all(measure.key in run.metrics for run in pair.runs)]
+    return adjusted(found, arms, [each.key for each in headline_measures(measures_of(runs[0].metrics))])
+
+
+def adjusted(found: list[dict[str, Any]], arms: list[str], headline: list[str]) -> list[dict[str, Any]]:
+    """Comparisons with `p_holm` (None outside the family), and verdicts that heed it."""
+    family = [place for place, each in enumerate(found)
+              if each["b"] == baseline(arms) and each["metric"] in headline and each["p"] is not None]
+    ps = dict(zip(family, holm([found[place]["p"] for place in family]), strict=True))
+    return [each | {"p_holm": ps.get(place)} | ({"verdict": CANT_TELL} if ps.get(place, 0) >= ALPHA else {})
+            for place, each in enumerate(found)]
 
 
 @dataclass(frozen=True)
@@ -211,62 +214,50 @@ class Pair:
         return [seed for _, seed in self.places]
 
     def named(self, measure: Measure) -> dict[str, Any]:
-        return {"a": self.a, "b": self.b, "metric": measure.key,
-                "unit": "share" if measure.is_share else measure.label,
-                "better": "lower" if measure.lower_is_better else "higher", "num_seeds": len(set(self.seeds)),
+        return {"a": self.a, "b": self.b, "metric": measure.key, **_units(measure), "num_seeds": len(set(self.seeds)),
                 "num_base_models": len({model for model, _ in self.places})}
 
     def check_alike(self) -> None:
         """`UserError` unless both drew the same prompts and were scored alike."""
         first = self.ours[0]
-        if differing := [run for run in self.runs if run.prompts != first.prompts]:
+        if self.is_paired and (differing := [run for run in self.runs if run.asked != first.asked]):
             raise UserError(f"arms {self.a} and {self.b} did not draw the same prompts ({differing[0].images} and "
                             f"{first.images}): generate and evaluate both again")
-        if any(run.scores.sets != first.scores.sets or run.metrics["headline_sets"] != first.metrics["headline_sets"]
-               for run in self.runs):
+        if self.is_paired and any(run.scores.sets != first.scores.sets
+                                  or run.metrics["headline_sets"] != first.metrics["headline_sets"]
+                                  for run in self.runs):
             raise UserError(f"arms {self.a} and {self.b} were not scored by the same prompts: evaluate both again")
-        wanted = {measure.key for measure in measures_of(first.metrics)} - {FID.key}
-        if any(run.scores.columns.keys() != wanted for run in self.runs):
+        wanted = {measure.key for measure in measures_of(first.metrics)}
+        if any({measure.key for measure in measures_of(run.metrics)} != wanted for run in self.runs):
             raise UserError(f"arms {self.a} and {self.b} were not scored by the same metrics "
                             f"({', '.join(sorted(wanted))}): evaluate both again")
 
-    def why_no_interval(self) -> str | None:
-        """A note where an arm was evaluated without keeping its features, as by an older version."""
-        lacking = [arm for arm, runs in ((self.a, self.ours), (self.b, self.theirs))
-                   if not all(run.has_features for run in runs)]
-        return f"no interval: no features.npz of {' and '.join(lacking)}: evaluate again" if lacking else None
+    @property
+    def is_paired(self) -> bool:
+        """Whether it is known which pictures of one arm belong to which of the other."""
+        return all(run.metrics.get("is_paired", True) for run in self.runs)
 
-    def without_interval(self, note: str) -> dict[str, Any]:
-        """The FIDs compared as they are."""
-        means = [float(np.mean([run.metrics["fid"] for run in each])) for each in (self.ours, self.theirs)]
-        return {"difference": means[0] - means[1], "ci": None, "ratio": means[0] / means[1] if means[1] > 0 else None,
-                "ratio_ci": None, "p": None, "verdict": "can't tell", "note": note}
+    def compared(self, measure: Measure, seed: int) -> dict[str, Any]:
+        """One measure of the two: difference, interval, p-value and verdict."""
+        if any(measure.key not in run.scores.columns for run in self.runs):
+            return self._without_interval(measure)
+        ours, theirs = ([run.headline(measure.key) for run in each] for each in (self.ours, self.theirs))
+        if not self.is_paired:
+            return unpaired_difference(ours[0], theirs[0], measure.lower_is_better)
+        if not _any_shared(np.array(ours), np.array(theirs)):
+            return self._without_interval(measure, "no prompt gives both a value")
+        found = paired_difference(np.array(ours), np.array(theirs), seed, seeds=self.seeds,
+                                  lower_is_better=measure.lower_is_better)
+        is_distance = measure in DISTANCES and measure.lower_is_better
+        return found | (paired_ratio(np.array(ours), np.array(theirs), seed, self.seeds) if is_distance else {})
 
-
-def _compare_fids(compared: list[Pair], reference: Statistics, seed: int) -> list[dict[str, Any]]:
-    if not compared:
-        return []
-    metrics = compared[0].ours[0].metrics
-    note = why_no_interval(metrics["num_images"], reference.n, metrics["feature_dim"])
-    fids = _resampled(compared, reference, seed) if note is None else {}
-    found = []
-    for pair in compared:
-        why = note or pair.why_no_interval()
-        result = pair.without_interval(why) if why else fid_difference(
-            [fids[run.evaluated] for run in pair.ours], [fids[run.evaluated] for run in pair.theirs], pair.seeds)
-        found.append({**pair.named(FID), **result, "num_prompts": metrics["num_images"]})
-    return found
-
-
-def _resampled(compared: list[Pair], reference: Statistics, seed: int) -> dict[Path, Fids]:
-    """The FIDs of all runs that kept their features, by the folder of their evaluation."""
-    used = {run.evaluated: run for pair in compared for run in pair.runs if run.has_features}
-    found = {}
-    with progress.bar("FID intervals", sum(run.metrics["num_images"] for run in used.values())) as bar:
-        for place, run in used.items():
-            found[place] = resample_fid(run.features()[0], reference, seed)
-            bar.update(run.metrics["num_images"])
-    return found
+    def _without_interval(self, measure: Measure, why: str | None = None) -> dict[str, Any]:
+        """The figures compared as they are."""
+        means = [float(np.mean([run.metrics[measure.key] for run in each])) for each in (self.ours, self.theirs)]
+        notes = [run.metrics["distances"].get(measure.key, {}).get("why") for run in self.runs
+                 if "distances" in run.metrics]
+        return {"difference": means[0] - means[1], "ci": None, "p": None, "verdict": CANT_TELL, "num_prompts": None,
+                "note": why or next((note for note in notes if note), None)}
 
 
 # --- prompt sets ---------------------------------------------------------------------------------------------------
@@ -290,26 +281,34 @@ def compare_sets(arms: list[str], runs: Sequence[Run], pairs: Sequence[tuple[str
     by_arm = {arm: own for arm in arms if (own := [run for run in runs if run.arm == arm])}
     found = []
     for a, b in pairs:
-        for measure in measures_of(runs[0].metrics)[:-2]:
+        for measure in measures_of(runs[0].metrics):
+            if measure in (CLIP_SCORE, *DISTANCES):
+                continue
             for arm, own in by_arm.items():
                 one, other = _of_sets(own, measure, a, b)
                 if _any_shared(one, other):
-                    found.append({"arm": arm, "a": a, "b": b, "metric": measure.key, "unit": "share",
-                                  "better": "higher", "means": _shared_means(one, other),
+                    found.append({"arm": arm, "a": a, "b": b, "metric": measure.key, **_units(measure),
+                                  "means": _shared_means(one, other),
                                   "num_seeds": len({run.seed for run in own}),
                                   "num_base_models": len({run.base_model for run in own}),
-                                  **paired_difference(one, other, seed, seeds=[run.seed for run in own])})
+                                  **paired_difference(one, other, seed, seeds=[run.seed for run in own],
+                                                      lower_is_better=measure.lower_is_better)})
     return found
+
+
+def _units(measure: Measure) -> dict[str, str]:
+    return {"unit": "share" if measure.is_share else measure.label,
+            "better": "lower" if measure.lower_is_better else "higher"}
 
 
 def _of_sets(runs: list[Run], measure: Measure, *names: str) -> list[np.ndarray]:
     """Values, (runs, N), over the prompts of each of two sets."""
-    known = runs[0].scores.sets
+    known = list(dict(zip(runs[0].scores.prompts, runs[0].scores.sets, strict=True)).values())
     check_sets("report.compare_sets", names, known)
     if len({known.count(name) for name in names}) > 1:
         counts = " and ".join(f"{name} has {known.count(name):,} prompts" for name in names)
         raise UserError(f"report.compare_sets: {counts}: name two forms of the same prompts")
-    return [np.array([run.scores.values(measure.key, [name]) for run in runs]) for name in names]
+    return [np.array([run.scores.by_prompt(measure.key, [name]) for run in runs]) for name in names]
 
 
 def _shared_means(*tables: np.ndarray) -> list[float]:

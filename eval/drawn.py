@@ -4,6 +4,7 @@ A folder holds `prompts.jsonl`, a row for each picture, and either what `eval/ge
 on, each with the stats that mark it as done), or loose pictures `00000.png` and so on, as other tools write them.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -35,6 +36,8 @@ class Drawn:
     """The place of its prompt among all prompts: pictures of one prompt share it."""
     seed: int | None
     """Of its noise, where that is known."""
+    file: Path | None = None
+    """Where it lies, if that is elsewhere: the folder then holds no more than the list."""
 
 
 def read_list(folder: Path) -> list[Drawn]:
@@ -62,7 +65,9 @@ def read_list(folder: Path) -> list[Drawn]:
 
 def _drawn(row: dict[str, Any]) -> Drawn:
     prompt = Prompt(row["prompt"], row.get("set", "prompts"), row.get("about", {}))
-    found = Drawn(row["index"], prompt, row.get("prompt_index", row["index"]), row.get("seed"))
+    file = row.get("file")
+    found = Drawn(row["index"], prompt, row.get("prompt_index", row["index"]), row.get("seed"),
+                  None if file is None else Path(file))
     if not (isinstance(prompt.text, str) and isinstance(prompt.set, str) and isinstance(prompt.about, dict)
             and _is_count(found.index) and _is_count(found.prompt_index)
             and (found.seed is None or _is_count(found.seed))):
@@ -102,8 +107,8 @@ def shards(folder: Path) -> list[Path]:
     if (folder / FORGOTTEN_FILE).is_file():
         raise UserError(f"{folder}: the pictures were not kept (generate.keep=false): to draw them again, "
                         f"{_again(folder)}")
-    if is_loose(folder):
-        missing = [each.index for each in drawn if not loose_path(folder, each.index).is_file()]
+    if is_loose(folder) or any(each.file for each in drawn):
+        missing = [each.index for each in drawn if not (each.file or loose_path(folder, each.index)).is_file()]
         num_missing, found = len(missing), [folder / f"{start:05d}-{min(start + NUM_LOOSE, len(drawn)):05d}"
                                             for start in range(0, len(drawn), NUM_LOOSE)]
     else:
@@ -117,8 +122,8 @@ def shards(folder: Path) -> list[Path]:
 def pictures(shard: Path) -> Iterator[tuple[int, bytes]]:
     """Index and PNG of each picture of a shard, in their order. UserError where the shard is damaged."""
     if found := LOOSE_SHARD.fullmatch(shard.name):
-        for index in range(int(found[1]), int(found[2])):
-            yield index, loose_path(shard.parent, index).read_bytes()
+        for each in read_list(shard.parent)[int(found[1]):int(found[2])]:
+            yield each.index, (each.file or loose_path(shard.parent, each.index)).read_bytes()
         return
     rejects: list[Reject] = []
     for sample in read_shard(str(shard), rejects):
@@ -142,9 +147,9 @@ def iterate(folder: Path) -> Iterator[tuple[Drawn, bytes]]:
 
 def picture(folder: Path, index: int) -> bytes | None:
     """One picture: PNG as it was drawn, else what is kept of it as a thumbnail, JPEG or PNG; None if neither is."""
-    loose = loose_path(folder, index)
-    if loose.is_file():
-        return loose.read_bytes()
+    file = _files(folder, (folder / PROMPTS_FILE).stat().st_mtime_ns).get(index) or loose_path(folder, index)
+    if file.is_file():
+        return file.read_bytes()
     counts = _counts(folder)
     first = 0
     for shard, count in counts.items():
@@ -152,6 +157,12 @@ def picture(folder: Path, index: int) -> bytes | None:
             return _member(shard, index)
         first += count
     return _member(folder / THUMBNAILS_FILE, index)
+
+
+@functools.lru_cache(maxsize=16)
+def _files(folder: Path, changed: int) -> dict[int, Path]:
+    """Index → file of pictures that lie elsewhere. `changed` is when the list was."""
+    return {each.index: each.file for each in read_list(folder) if each.file}
 
 
 def is_loose(folder: Path) -> bool:

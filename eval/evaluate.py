@@ -1,197 +1,219 @@
-"""What an arm drew → FID against real images, and for every picture its CLIP score and what a judge says of it."""
+"""What an arm drew → distances to real images, and for every picture its CLIP score and what judges say of it."""
 
-import io
-import json
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from eval.clip_score import ClipScorer
-from eval.config import Evaluate
-from eval.features import FeatureNetwork, features, iterate_images, open_network, read_image
-from eval.fid import Statistics, frechet_distance, load, save, statistics
-from eval.generate import image_path
-from eval.judge import Judge, judge_images, open_judge
-from eval.prompts import PROMPTS_FILE, Prompt
+from eval.config import NETWORKS, Evaluate
+from eval.distances import FRECHET, KEYS, distances
+from eval.drawn import Drawn, read_list
+from eval.gauges import gauges
+from eval.generate import forget
+from eval.images import DrawnImages, RealImages
+from eval.judge import JUDGES, check_prompts
+from eval.measure import Measured, measure
+from eval.pseudovalues import Distance
+from eval.reference import AGAIN, Reference, is_kept, load, of_features, save
 from eval.scores import Scores, headline_sets
 from recap import progress
 from recap.errors import UserError
-from recap.pretrained import load_pretrained
-from recap.rundir import StageDir, digest, folder_identity
-from recap.shards import Reject, expand
-from recap.storage import identity, write_bytes, write_json
+from recap.rundir import StageDir, digest
+from recap.storage import write_json
 
-REFERENCE_FILE = "reference.npz"
-FEATURES_FILE = "features.npz"
+WHERE = "evaluate.reference"
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """A picture and the prompt that it was drawn from."""
+def reference(stage: StageDir, config: Evaluate, measured: Path, checkpoints: dict[str, Any], device: str
+              ) -> dict[str, Any]:
+    """Compute what distances need of the real images, as `features.npz` and so on, one for each network.
 
-    path: Path
-    prompt: Prompt
-
-
-def reference(stage: StageDir, config: Evaluate, device: str) -> dict[str, Any]:
-    """Compute the statistics of the real images once, as `stage.path/reference.npz`.
+    Args:
+        stage: begun by the caller.
+        config: the images, and the networks.
+        measured: folder that keeps what is measured of them.
+        checkpoints: table → identity of its weights.
+        device: a torch device; `cuda` for all GPUs.
 
     Returns:
         `num_images`, `features` (the network's name), and `excluded`: reason → images that could not be used.
     """
-    network = open_network(config.features, "evaluate.features", device)
-    rejects: list[Reject] = []
-    with progress.bar("reference", None) as bar:
-        found = features(iterate_images(config.reference, "evaluate.reference", rejects), network, config.batch_size,
-                         bar.update)
-    excluded = dict(Counter(reject.reason for reject in rejects))
-    if excluded:
-        progress.warn(f"evaluate.reference: {len(rejects)} images excluded ({_counts(excluded)})")
-    if len(found) < 2:
-        raise UserError(f"evaluate.reference: {len(found)} usable images in {config.reference}: FID needs at least 2, "
-                        "and thousands to mean much")
-    about = {"features": network.name, "resize": network.resize, "data": digest(_identity(config.reference)),
-             "excluded": excluded}
-    save(stage.path / REFERENCE_FILE, statistics(found), about)
-    return {"num_images": len(found), "features": network.name, "excluded": excluded}
+    if isinstance(config.reference, str) and is_kept(config.reference):
+        return _adopted(stage, config)
+    images = RealImages(config.reference, WHERE)
+    result: dict[str, Any] = {}
+    for table in gauges(config, with_prompts=False):
+        found = measure(measured, table, config, images, checkpoints[table], f"reference, {table}", device)
+        if found is None:
+            continue
+        num = len(found.values["size"])
+        if num < 2:
+            raise UserError(f"{WHERE}: {num} usable images in {config.reference}: FID needs at least 2, and thousands "
+                            "to mean much")
+        about = {"network": found.name, "resize": found.about["resize"], "data": digest(images.identity()),
+                 "excluded": found.excluded, "resolutions": _resolutions(found)}
+        save(stage.path / f"{table}.npz", of_features(found.values["features"], about, table))
+        result = result or {"num_images": num, "features": found.name, "excluded": found.excluded}
+    if result and result["excluded"]:
+        progress.warn(f"{WHERE}: {sum(result['excluded'].values())} images excluded ({_counts(result['excluded'])})")
+    return result
 
 
-def run(stage: StageDir, images: Path, reference: Path, config: Evaluate, device: str) -> dict[str, Any]:
-    """Score a folder that `generate` filled.
+def _adopted(stage: StageDir, config: Evaluate) -> dict[str, Any]:
+    """What `recap reference` wrote before, taken over."""
+    result: dict[str, Any] = {}
+    for table in gauges(config, with_prompts=False):
+        found = load(Path(str(config.reference)) / f"{table}.npz")
+        save(stage.path / f"{table}.npz", found)
+        result = result or {"num_images": found.num, "features": found.about.get("network"),
+                            "excluded": found.about.get("excluded", {})}
+    return result
 
-    Writes `metrics.json`; `scores.json`, the value of every metric for every prompt; and `features.npz`, the FID
-    network's `features` (N, D) float32 of the pictures that FID is taken over, and their `index` among the prompts.
+
+def run(stage: StageDir, images: Path, reference: Path, config: Evaluate, measured: Path, checkpoints: dict[str, Any],
+        keep: bool, device: str) -> dict[str, Any]:
+    """Score what an arm drew.
+
+    Writes `metrics.json`, and `scores.json`: the value of every metric for every picture.
 
     Args:
         stage: begun by the caller.
         images: folder with `prompts.jsonl` and a picture for each of its lines.
-        reference: what `reference` wrote: the .npz, or the folder that holds it.
-        config: batch size, feature network, CLIP model, judge, and the prompt sets of the headline figures.
-        device: a torch device.
+        reference: the folder that `reference` wrote.
+        config: networks, CLIP model, judges, and the prompt sets of the headline figures.
+        measured: folder that keeps what is measured of these pictures.
+        checkpoints: table → identity of its weights.
+        keep: whether the pictures are kept; else thumbnails of some.
+        device: a torch device; `cuda` for all GPUs.
 
     Returns:
-        The metrics. Over the headline sets: `fid`, `clip_score` and the judge's metrics (means over the prompts asked),
-        `num_images`. For every set the same but `fid`, in `sets`. And `num_reference`, `clip_truncated` (prompts that
-        lost tokens even by sentence), `features`, `feature_dim`, `clip_model`, `judge` (which networks these were),
-        `headline_sets`.
+        The metrics. Over the headline sets: the distances, `fid_infinity` (FID of endless images), `clip_score` and the
+        judges' metrics (means over the prompts asked), `num_images`, `num_prompts`. For every set the same but
+        distances, in `sets`. `distances`: of each, its network and what is to be known of it. And `num_reference`,
+        `clip_truncated` (pictures whose prompt loses tokens even by sentence), `clip_model`, `judges`,
+        `headline_sets`, `resolutions` (`512×512` → pictures), and `is_paired`: whether those of another arm's pictures
+        are known that belong to these.
     """
-    drawn = read_drawn(images)
+    drawn = read_list(images)
     sets = headline_sets(config.sets, [each.prompt.set for each in drawn])
-    headline = [index for index, each in enumerate(drawn) if each.prompt.set in sets]
-    network = open_network(config.features, "evaluate.features", device)
-    target = load_reference(reference, network)
-    judge = open_judge(config.judge, device) if config.judge else None
-    found = _features([drawn[index] for index in headline], target, network, config)
-    clip_scores, truncated, clip_model = _clip_scores(drawn, config, device)
-    scores = Scores([each.prompt.set for each in drawn], {"clip_score": clip_scores, **_judged(judge, drawn, config)})
-    metrics = {"fid": frechet_distance(statistics(found), target), **scores.means(sets), "num_images": len(headline),
-               "num_reference": target.n, "clip_truncated": truncated, "features": network.name,
-               "feature_dim": network.dim, "clip_model": clip_model,
-               "judge": {"name": judge.name, "metrics": dict(judge.metrics)} if judge else None,
-               "headline_sets": sets, "sets": scores.by_set()}
-    _save_features(stage.path / FEATURES_FILE, found, headline)
+    check_prompts(config, [each.prompt for each in drawn])
+    found: dict[str, Measured] = {}
+    for name in gauges(config, with_prompts=any(each.prompt.text for each in drawn)):
+        looked_at = DrawnImages(images, tuple(sets) if name in NETWORKS else None)
+        of_gauge = measure(measured, name, config, looked_at, checkpoints[name], name.replace("_", " "), device)
+        if of_gauge is not None:
+            found[name] = of_gauge
+    if not progress.is_main():
+        return {}
+    metrics, scores = figures(drawn, sets, found, {name: load_reference(reference / f"{name}.npz", found[name])
+                                                   for name in found if name in NETWORKS})
     scores.save(stage.path / "scores.json")
     write_json(str(stage.path / "metrics.json"), metrics)
+    if not keep:
+        forget(images)
     return metrics
 
 
-def read_drawn(images: Path) -> list[Drawn]:
-    """The pictures of a folder that `generate` filled, in the order of the prompts."""
-    listing = images / PROMPTS_FILE
-    again = f"delete {images / 'done.json'}, and run `recap generate` again"
-    try:
-        # Not splitlines: it would also split at the odd separators that a prompt's `about` may hold.
-        lines = listing.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        rows = [json.loads(line) for line in lines]
-        drawn = [Drawn(image_path(images, row["index"]), _prompt(row)) for row in rows]
-    except FileNotFoundError:
-        raise UserError(f"no {PROMPTS_FILE} in {images}: run `recap generate` first") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{listing} is damaged: {again}") from None
-    missing = [each.path.name for each in drawn if not each.path.is_file()]
-    if missing:
-        raise UserError(f"{images}: {len(missing)} of {len(drawn)} pictures are missing ({missing[0]} first): {again}")
-    return drawn
+def figures(drawn: list[Drawn], sets: list[str], found: dict[str, Measured], references: dict[str, Reference]
+            ) -> tuple[dict[str, Any], Scores]:
+    """All that was measured, as `metrics.json` and `scores.json` hold it.
+
+    Args:
+        drawn: the pictures.
+        sets: prompt sets of the headline.
+        found: gauge → what it measured: networks of the headline's pictures, all others of all.
+        references: network → real images.
+    """
+    headline = [index for index, each in enumerate(drawn) if each.prompt.set in sets]
+    far = {key: distance for name, reference in references.items()
+           for key, distance in _distances(name, found[name], reference).items()}
+    looked = _looked(found)
+    spread = {key: _spread(distance.pseudovalues, headline, len(drawn)) for key, distance in far.items()
+              if distance.pseudovalues is not None}
+    scores = Scores([each.prompt.set for each in drawn], {**looked, **spread}, [each.prompt_index for each in drawn])
+    own = Scores(scores.sets, looked, scores.prompts)
+    clip = found.get("clip_score")
+    return {**{key: distance.value for key, distance in far.items()}, **_infinity(far), **own.means(sets),
+            "num_images": len(headline), "num_prompts": len({drawn[index].prompt_index for index in headline}),
+            "num_reference": references["features"].num, "distances": _about(far, found, references),
+            "clip_truncated": int(clip.values["is_cut"].sum()) if clip else 0,
+            "clip_model": clip.name if clip else None,
+            "judges": [{"name": found[name].name, "metrics": found[name].about["metrics"]}
+                       for name in JUDGES if name in found],
+            "headline_sets": sets, "sets": own.by_set(looked), "resolutions": _resolutions(found["features"]),
+            "is_paired": all(each.prompt.about.get("paired", True) for each in drawn)}, scores
 
 
-def _prompt(row: dict[str, Any]) -> Prompt:
-    """A line of `prompts.jsonl`. Others than `generate` may write one, with no more than index and prompt."""
-    found = Prompt(row["prompt"], row.get("set", "prompts"), row.get("about", {}))
-    if not (isinstance(found.text, str) and isinstance(found.set, str) and isinstance(found.about, dict)):
-        raise TypeError("not a prompt")
-    return found
+def load_reference(path: Path, found: Measured) -> Reference:
+    """Real images as this very network and resize saw them; `UserError` otherwise."""
+    known = load(path)
+    for what, ours in (("network", found.name), ("resize", found.about["resize"])):
+        if known.about.get(what) != ours:
+            raise UserError(f"{path} was made with {what} {known.about.get(what)!r}, and the pictures with {ours!r}: "
+                            f"{AGAIN}")
+    return known
 
 
-def load_reference(path: Path, network: FeatureNetwork) -> Statistics:
-    """Reference statistics that were made with this very network and resize; `UserError` otherwise."""
-    found, about = load(path / REFERENCE_FILE if path.is_dir() else path)
-    for what, ours in (("features", network.name), ("resize", network.resize)):
-        if about.get(what) != ours:
-            raise UserError(f"{path} was made with {what} {about.get(what)!r}, evaluate.features is {ours!r}: "
-                            "run `recap reference` again")
-    if found.dim != network.dim:
-        raise UserError(f"{path} has {found.dim} features, not {network.dim}: run `recap reference` again")
-    return found
-
-
-def _features(drawn: list[Drawn], target: Statistics, network: FeatureNetwork, config: Evaluate) -> np.ndarray:
-    if len(drawn) < 2:
-        raise UserError(f"evaluate.sets: {len(drawn)} pictures to take FID over: it needs at least 2, and thousands "
+def _distances(table: str, found: Measured, reference: Reference) -> dict[str, Distance]:
+    features = found.values.get("features", np.zeros((0, 1)))
+    if len(features) < 2:
+        raise UserError(f"evaluate.sets: {len(features)} pictures to take FID over: it needs at least 2, and thousands "
                         "to mean much")
-    with progress.bar("features", len(drawn)) as bar:
-        found = features((read_image(each.path) for each in drawn), network, config.batch_size, bar.update)
-    if min(len(found), target.n) <= network.dim:
-        progress.warn(f"FID over {len(found)} images and {target.n} references with {network.dim} features is far too "
-                      "high: compare arms at this very number of images only, and with no published figure")
-    return found
+    far = distances(table, features, reference)
+    for key in far.keys() & set(FRECHET.values()):
+        if far[key].pseudovalues is None:
+            progress.warn(f"{key}: {len(features)} pictures and {reference.num} real images are too few for "
+                          f"{features.shape[1]} features. Half as many pictures give {far[key].bias:.3g} more, and so "
+                          f"{far[key].value:.4g} is too high by about that or more: compare arms at this very number "
+                          "only, and with no published figure")
+    return far
 
 
-def _save_features(path: Path, found: np.ndarray, index: list[int]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, features=found.astype(np.float32), index=np.array(index, dtype=np.int64))
-    write_bytes(str(path), buffer.getvalue())
+def _looked(found: dict[str, Measured]) -> dict[str, list[float | None]]:
+    """What CLIP and the judges found of each picture; `UserError` where two judges measure the same."""
+    looked: dict[str, list[float | None]] = {}
+    for name in ("clip_score", *JUDGES):
+        columns = _columns(found[name]) if name in found else {}
+        if twice := sorted(columns.keys() & looked.keys()):
+            raise UserError(f"evaluate.{name} measures {twice[0]}, and another judge as well: leave one of them out")
+        looked |= columns
+    return looked
 
 
-def _clip_scores(drawn: list[Drawn], config: Evaluate, device: str) -> tuple[list[float | None], int, str]:
-    scorer = load_pretrained(lambda folder: ClipScorer(folder, device), config.clip_score, "evaluate.clip_score")
-    scores: list[float | None] = []
-    truncated = 0
-    for images, prompts in _batches(drawn, config.batch_size, "CLIP score"):
-        found, num_cut = scorer.score(images, [prompt.text for prompt in prompts])
-        scores += found.tolist()
-        truncated += num_cut
-    if truncated:
-        progress.warn(f"CLIP score: {truncated} of {len(drawn)} prompts have a sentence longer than the "
-                      f"{scorer.context_length} tokens that the model reads; its end was not scored")
-    return scores, truncated, scorer.name
+def _columns(found: Measured) -> dict[str, list[float | None]]:
+    """Metric → a value for each picture; None for NaN."""
+    return {name: _or_none(column) for name, column in found.values.items() if name not in ("size", "is_cut")}
 
 
-def _judged(judge: Judge | None, drawn: list[Drawn], config: Evaluate) -> dict[str, list[float | None]]:
-    if judge is None:
-        return {}
-    found = [values for images, prompts in _batches(drawn, config.batch_size, "judge")
-             for values in judge_images(judge, images, prompts)]
-    return {metric: [values[metric] for values in found] for metric in judge.metrics}
+def _spread(values: np.ndarray, places: list[int], num: int) -> list[float | None]:
+    """The values at their places among so many; None elsewhere."""
+    whole = np.full(num, np.nan)
+    whole[places] = values
+    return _or_none(whole)
 
 
-def _batches(drawn: list[Drawn], size: int, title: str) -> Iterator[tuple[list[Image.Image], list[Prompt]]]:
-    """The pictures, decoded, and their prompts; a batch counts as done when the next one is asked for."""
-    with progress.bar(title, len(drawn)) as bar:
-        for start in range(0, len(drawn), size):
-            batch = drawn[start:start + size]
-            yield [read_image(each.path) for each in batch], [each.prompt for each in batch]
-            bar.update(len(batch))
+def _or_none(column: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in column]
 
 
-def _identity(source: str | list[str]) -> Any:
-    if isinstance(source, str) and Path(source).is_dir():
-        return folder_identity(Path(source))
-    return [identity(url) for url in expand(source, "evaluate.reference")]
+def _infinity(far: dict[str, Distance]) -> dict[str, float]:
+    """FID∞ (Chong & Forsyth 2020), and the same of FD-DINOv2, where there are images enough."""
+    found = {f"{key}_infinity": far[key].unbiased for key in FRECHET.values() if key in far}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _about(far: dict[str, Distance], found: dict[str, Measured], references: dict[str, Reference]) -> dict[str, Any]:
+    return {key: {"network": found[name].name, "resize": found[name].about["resize"], "dim": found[name].about["dim"],
+                  "num_reference": references[name].num, "bias": far[key].bias, "why": far[key].why}
+            for name in references for key in far if key in KEYS[name]}
+
+
+def _resolutions(found: Measured) -> dict[str, int]:
+    """`512×512` → images; the most frequent ones, and how many others there are."""
+    sizes = Counter(f"{width}×{height}" for width, height in found.values["size"].tolist())
+    kept = dict(sizes.most_common(8))
+    return kept | ({"others": len(found.values["size"]) - sum(kept.values())} if len(sizes) > len(kept) else {})
 
 
 def _counts(counts: dict[str, int]) -> str:

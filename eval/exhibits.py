@@ -1,30 +1,28 @@
-"""What the report shows of pictures and captions: picked by a hash of the key, never by hand, and embedded."""
+"""What the report shows of pictures and captions: picked by measure or by a hash, never by hand, and embedded."""
 
 import base64
 import hashlib
 import heapq
-import io
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
-from eval.comparisons import Run
-from eval.evaluate import read_drawn
-from eval.features import read_image
-from eval.measures import Measure
-from recap.chunks import CONTENT_TOKENS, split
-from recap.clip_bpe import clip_tokenizer
+from eval.comparisons import Run, claim
+from eval.drawn import FORGOTTEN_FILE, THUMBNAILS_FILE, Drawn, by_hash
+from eval.drawn import picture as read_picture
+from eval.measures import DISTANCES, Measure
+from eval.thumbnails import PIXEL_ART, THUMBNAIL, thumbnail
+from eval.verdict import Findings
+from recap.caption_statistics import captions_of, num_clip_tokens
+from recap.chunks import CONTENT_TOKENS
 from recap.errors import BadSample
-from recap.sample import Sample
+from recap.sample import Sample, decode_image
 from recap.shards import Reject, read_shard, shard_name
 
-THUMBNAIL = 320
-"""Longest side of an embedded picture, in pixels."""
-PIXEL_ART = 128
-"""Pictures smaller than this are enlarged with their pixels kept sharp."""
+MANY_PICTURES = 240
+"""With more pictures of arms on a page they become smaller, so that the file does not grow as fast."""
 ENOUGH_SAMPLES = 2000
 """Shards are read, in the order of their hash, until so many samples were seen."""
 SHOWN_CHARACTERS = 480
@@ -41,6 +39,7 @@ class Picture:
     height: int
     """Of the thumbnail, in pixels."""
     pixelated: bool
+    """Whether it is enlarged with its pixels kept sharp."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,23 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class GridRow:
+class Row:
     """A prompt, drawn by every arm from the same noise."""
 
+    index: int
+    """Of its picture among all."""
     prompt: Text
-    set: str
     drawings: list[Drawing]
+    """None where the row is on the page already."""
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """Some prompts, and why these."""
+
+    title: str
+    note: str
+    rows: list[Row]
 
 
 def hash_of(key: str) -> str:
@@ -98,18 +108,13 @@ def hash_of(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def picture(image: Image.Image) -> Picture:
-    """Shrink and embed: JPEG, but PNG where pixels are few and count."""
+def picture(image: Image.Image, side: int = THUMBNAIL) -> Picture:
+    """Shrink to at most `side` pixels, and embed: JPEG, but PNG where pixels are few and count."""
     image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    small = max(image.size) < PIXEL_ART
-    buffer = io.BytesIO()
-    if small:
-        image.save(buffer, format="PNG", optimize=True)
-    else:
-        image.save(buffer, format="JPEG", quality=82, optimize=True)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Picture(f"data:image/{'png' if small else 'jpeg'};base64,{data}", *image.size, small)
+    image.thumbnail((side, side))
+    extension, content = thumbnail(image)
+    kind = "png" if extension == "png" else "jpeg"
+    return Picture(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", *image.size, kind == "png")
 
 
 def shorten(text: str) -> Text:
@@ -166,50 +171,96 @@ def _card(sample: Sample, styles: list[str]) -> Card | None:
 
 
 def _captions(sample: Sample, kinds: list[str]) -> list[Caption]:
-    recorded = _recorded(sample)
-    found = []
-    for kind in kinds:
-        try:
-            text = sample.caption(kind)
-        except BadSample:
-            continue
-        if text is not None:
-            tokens = recorded.get(kind, {}).get("num_clip_tokens")
-            if not isinstance(tokens, int):
-                tokens = split(text, clip_tokenizer()).num_tokens
-            found.append(Caption(kind, shorten(text), tokens))
-    return found
-
-
-def _recorded(sample: Sample) -> dict[str, dict[str, Any]]:
-    """What `KEY.recap.json` says of each style; nothing where it is missing or damaged."""
-    try:
-        found = json.loads(sample.members.get("recap.json", b"{}"))["captions"]
-        return {style: entry for style, entry in found.items() if isinstance(entry, dict)}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
+    known = {each.kind: each for each in captions_of(sample) if not each.fault}
+    return [Caption(each.kind, shorten(each.text), num_clip_tokens(each.text) if each.num_clip_tokens is None
+                    else each.num_clip_tokens) for kind in kinds if (each := known.get(kind))]
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
 
 
-def grid(arms: list[str], runs: list[Run], num_prompts: int, lead: Measure) -> list[GridRow]:
-    """The same prompts of the headline sets, drawn by every arm; of several seeds, the first that an arm has."""
-    first = {arm: min((run for run in runs if run.arm == arm), key=lambda run: run.seed, default=None) for arm in arms}
-    shown = {arm: (run, read_drawn(run.images)) for arm, run in first.items() if run is not None}
-    if not shown:
+def exhibits(found: Findings, runs: Sequence[Run], num_prompts: int) -> list[Exhibit]:
+    """Prompts of the headline sets as every arm drew them: where the arm of the headline gains most on the baseline by
+    the leading measure, where it loses most, and a draw.
+
+    The pictures are of each arm's first seed, and of each prompt its first, and so is what they are picked by. Equals
+    go by hash, and so does the draw, which is of all prompts. Of pictures that were not kept there may be thumbnails;
+    a prompt without is left out.
+
+    Returns:
+        At most three exhibits of up to `num_prompts` rows; none of sets of pictures that are not of the same prompts.
+    """
+    first = {arm: min((run for run in runs if run.arm == arm), key=lambda run: run.seed) for arm in found.arms
+             if any(run.arm == arm for run in runs)}
+    if not all(run.metrics.get("is_paired", True) for run in first.values()) or not num_prompts:
         return []
-    run, drawn = next(iter(shown.values()))
-    prompts = [each.prompt for each in drawn]
-    headline = [index for index, prompt in enumerate(prompts) if prompt.set in run.metrics["headline_sets"]]
-    picks = sorted(headline, key=lambda index: hash_of(f"{index}/{prompts[index].text}"))[:num_prompts]
-    return [GridRow(shorten(prompts[index].text), prompts[index].set, [
-        Drawing(arm, picture(read_image(drawn[index].path)), _figure(run, index, lead))
-        for arm, (run, drawn) in shown.items()]) for index in sorted(picks)]
+    candidates = _candidates(list(first.values()))
+    picks = [*_by_gain(found, first, candidates, num_prompts),
+             ("A draw", "By a hash of the prompt, of all prompts.", candidates[:num_prompts])]
+    num_pictures = len({each.index for *_, drawn in picks for each in drawn}) * len(first)
+    side = max(PIXEL_ART, int(THUMBNAIL * math.sqrt(min(1, MANY_PICTURES / max(1, num_pictures)))))
+    shown: set[int] = set()
+    exhibits = []
+    for title, note, drawn in picks:
+        rows = [_row(each, first, found.lead, side, each.index in shown) for each in drawn]
+        exhibits.append(Exhibit(title, note, [row for row in rows if row.drawings or row.index in shown]))
+        shown |= {each.index for each in drawn}
+    return [each for each in exhibits if each.rows]
+
+
+def _candidates(runs: list[Run]) -> list[Drawn]:
+    """The first picture of each prompt of the headline sets that all arms have kept, by hash."""
+    kept = set.intersection(*map(_kept, runs))
+    first: dict[int, Drawn] = {}
+    for each in runs[0].drawn:
+        if each.index in kept and each.prompt.set in runs[0].metrics["headline_sets"]:
+            first.setdefault(each.prompt_index, each)
+    return by_hash(list(first.values()))
+
+
+def _kept(run: Run) -> set[int]:
+    if not (run.images / FORGOTTEN_FILE).is_file():
+        return {each.index for each in run.drawn}
+    return {int(sample.key) for sample in read_shard(str(run.images / THUMBNAILS_FILE), []) if sample.key.isdecimal()}
+
+
+def _by_gain(found: Findings, first: dict[str, Run], candidates: list[Drawn], num: int
+             ) -> list[tuple[str, str, list[Drawn]]]:
+    """Where the claim gains most, and where it loses most."""
+    a, b, lead = claim(found.arms), found.baseline, found.lead
+    if a is None or not {a, b} <= first.keys() or lead in DISTANCES:
+        return []
+    ours, theirs = (first[arm].scores.columns[lead.key] for arm in (a, b))
+    sign = -1 if lead.lower_is_better else 1
+    gains = {each.index: sign * (one - other) for each in candidates
+             if (one := ours[each.index]) is not None and (other := theirs[each.index]) is not None}
+    known = [each for each in candidates if each.index in gains]
+    note = f"By the difference in {lead.name} of the pictures shown; equals by a hash of the prompt."
+    best = [each for each in sorted(known, key=lambda each: -gains[each.index]) if gains[each.index] > 0]
+    worst = [each for each in sorted(known, key=lambda each: gains[each.index]) if gains[each.index] < 0]
+    return [(f"Where “{a}” gains most on “{b}”", note, best[:num]),
+            (f"Where “{a}” loses most to “{b}”", note, worst[:num])]
+
+
+def _row(each: Drawn, first: dict[str, Run], lead: Measure, side: int, is_shown: bool) -> Row:
+    drawings = [] if is_shown else [
+        Drawing(arm, shown, _figure(run, each.index, lead)) for arm, run in first.items()
+        if (shown := _shown(run, each.index, side))]
+    return Row(each.index, shorten(each.prompt.text), drawings)
+
+
+def _shown(run: Run, index: int, side: int) -> Picture | None:
+    content = read_picture(run.images, index)
+    try:
+        return None if content is None else picture(decode_image(content), side)
+    except BadSample:  # which the page does without
+        return None
 
 
 def _figure(run: Run, index: int, measure: Measure) -> str:
     """What is written below a picture; a judgement that is a plain yes or no as such."""
+    if measure in DISTANCES:
+        return ""
     value = run.scores.columns[measure.key][index]
     if measure.is_share and value in (0, 1):
         return "✓" if value else "✗"

@@ -1,29 +1,39 @@
-"""Images → the features that FID compares, by clean-fid's Inception or any timm model, behind clean-fid's resize.
+"""Networks whose features distances compare, behind clean-fid's resize.
 
 Resizing decides as much as the network (Parmar et al. 2022, arXiv 2104.11222): all images go through PIL's bicubic
-filter on floats, channel by channel, to the network's own input size.
+filter on floats, channel by channel, to the network's own input size. It is antialiased, as CMMD needs it, too.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import importlib
+import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
-from cleanfid.features import build_feature_extractor
+import torchvision
+from cleanfid.downloads_helper import check_download_inception
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import to_2tuple
+from torch import nn
 
+from eval.clip_score import ClipScorer
 from eval.config import Features
-from recap.errors import BadSample, UserError
+from recap.errors import UserError
 from recap.pretrained import load_pretrained
-from recap.rundir import hash_files
-from recap.sample import IMAGE_EXTENSIONS, decode_image
-from recap.shards import Reject, expand, read_shard
+from recap.rundir import hash_file, hash_files
 from recap.timm_features import TimmFeatures, clean_resizer
 
-CLEAN_FID = "clean-fid"
-INCEPTION_SIZE = (299, 299)
+CLEAN_FID, TORCHVISION = "clean-fid", "torchvision:"
+INCEPTION_FILE = "inception-2015-12-05.pt"
+INCEPTION_SIZE, TORCHVISION_SIZE = (299, 299), (224, 224)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,10 @@ class FeatureNetwork:
     def resize(self) -> str:
         return f"clean-fid (PIL bicubic on floats) to {self.size[1]}×{self.size[0]}"
 
+    def prepare(self, image: Image.Image | np.ndarray) -> torch.Tensor:
+        """RGB of any size, or (H, W, 3) uint8 → (3, H, W) float32 in [0, 255], not rounded."""
+        return torch.from_numpy(clean_resizer(self.size)(np.asarray(image))).permute(2, 0, 1)
+
     def __call__(self, images: torch.Tensor) -> np.ndarray:
         """Images (N, 3, H, W) float32 in [0, 255], of `size` → features (N, D) float64."""
         with torch.no_grad():
@@ -52,25 +66,53 @@ class FeatureNetwork:
 
 
 def open_network(ref: Features, where: str, device: str) -> FeatureNetwork:
-    """Open the network of a reference: `clean-fid`, or a timm model `local-dir:FOLDER` or `hf-hub:ID`.
+    """Open the network of a reference; see `eval.config.Features.model`.
 
     Raises:
-        UserError: it is not there, cannot be fetched, or has no safetensors weights.
+        UserError: it is not there, cannot be fetched, or has no weights that may be opened.
     """
-    if ref.model == CLEAN_FID:
-        return _open_inception(where, device)
-    return load_pretrained(lambda folder: _open_timm(Path(folder), ref.model, device), ref, where)
+    if ref.target is not None:
+        return _open_own(ref, where, device)
+    if ref.model.partition(":")[0] == CLEAN_FID:
+        return _open_inception(ref.model.partition(":")[2], where, device)
+    if ref.model.startswith(TORCHVISION):
+        return _open_torchvision(ref, where, device)
+    return load_pretrained(lambda folder: _open_folder(Path(folder), ref.model, device), ref, where)
 
 
-def _open_inception(where: str, device: str) -> FeatureNetwork:
-    """Inception-v3 of StyleGAN's authors, as clean-fid has it: 2048 features of 299-pixel images."""
+def _open_inception(file: str, where: str, device: str) -> FeatureNetwork:
+    """Inception-v3 of StyleGAN's authors, as clean-fid has it: 2048 features of 299-pixel images.
+
+    It is TorchScript, the one checkpoint here that brings code, which runs in TorchScript's own interpreter.
+    """
+    path = Path(file).expanduser() if file else Path(tempfile.gettempdir()) / INCEPTION_FILE
     try:
-        forward = build_feature_extractor("clean", torch.device(device), use_dataparallel=False)
-    except (OSError, RuntimeError) as error:
+        if not file and not path.exists():
+            _fetch_inception(path)
+        layers = torch.jit.load(path, map_location=device).eval().layers
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{where}.model: clean-fid cannot fetch or open its Inception weights ({reason}): put a whole "
-                        "inception-2015-12-05.pt into /tmp, or choose a timm model (local-dir:…, hf-hub:…)") from None
-    return FeatureNetwork("clean-fid inception-2015-12-05", INCEPTION_SIZE, 2048, forward)
+        raise UserError(f"{where}.model: cannot fetch or open clean-fid's Inception weights ({reason}): name a whole "
+                        f"{INCEPTION_FILE} as clean-fid:FILE, or choose a timm model (local-dir:…, hf-hub:…)") from None
+    _channels_last(layers)
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = layers.forward(_as_input(images, device).sub(128).div(128)).flatten(1)
+        return found
+
+    return FeatureNetwork(f"clean-fid {path.stem} {hash_file(path)}", INCEPTION_SIZE, 2048, forward)
+
+
+def _fetch_inception(path: Path) -> None:
+    """Put it where clean-fid itself looks for it; whole, as clean-fid would take half of it for the whole."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        Path(check_download_inception(folder)).replace(path)
+
+
+def _open_folder(folder: Path, name: str, device: str) -> FeatureNetwork:
+    if (folder / "open_clip_config.json").is_file():
+        return _open_clip(folder, device)
+    return _open_timm(folder, name, device)
 
 
 def _open_timm(folder: Path, name: str, device: str) -> FeatureNetwork:
@@ -79,70 +121,112 @@ def _open_timm(folder: Path, name: str, device: str) -> FeatureNetwork:
     is_snapshot = folder.parent.name == "snapshots"
     version = f"{name.removeprefix('hf-hub:')}@{folder.name}" if is_snapshot else hash_files(folder)
     return FeatureNetwork(f"timm {network.architecture} {version}", network.size, network.dim,
-                          lambda images: network(images.to(device)))
+                          lambda images: network(_as_input(images, device)))
+
+
+def _open_clip(folder: Path, device: str) -> FeatureNetwork:
+    """The image encoder of an open_clip model, whose images are squeezed to a square, as CMMD's are, not cropped."""
+    scorer = ClipScorer(str(folder), device)
+    mean, std = (torch.tensor(each, device=device).view(3, 1, 1)
+                 for each in (scorer.visual.image_mean, scorer.visual.image_std))
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        return scorer.encode_pixels(images.to(device).div(255).sub(mean).div(std))
+
+    size = to_2tuple(scorer.visual.image_size)
+    return FeatureNetwork(f"open_clip {scorer.version}", size, forward(torch.zeros(1, 3, *size)).shape[1], forward)
+
+
+def _open_torchvision(ref: Features, where: str, device: str) -> FeatureNetwork:
+    """A torchvision classifier without its last layer, of ImageNet's mean and standard deviation."""
+    name = ref.model.removeprefix(TORCHVISION)
+    if ref.weights is None:
+        raise UserError(f"{where}.weights: name the file of {ref.model}'s weights, or take the same network from timm "
+                        f"(hf-hub:timm/…)")
+    try:
+        network = torchvision.models.get_model(name, weights=None)
+        network.load_state_dict(_state(Path(ref.weights).expanduser()))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, UnpicklingError) as error:
+        raise UserError(f"{where}: cannot open {ref.model} with {ref.weights} ({' '.join(str(error).split())[:200]}): "
+                        "check both") from None
+    _without_classifier(network, where)
+    network.requires_grad_(False).eval().to(device)
+    _channels_last(network)
+    mean, std = (torch.tensor(each, device=device).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    size = INCEPTION_SIZE if name == "inception_v3" else TORCHVISION_SIZE
+
+    def forward(images: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = network(_as_input(images, device).div(255).sub(mean).div(std))
+        return found
+
+    dim = forward(torch.zeros(1, 3, *size)).shape[1]
+    return FeatureNetwork(f"torchvision {name} {hash_file(Path(ref.weights).expanduser())}", size, dim, forward)
+
+
+def _state(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _without_classifier(network: nn.Module, where: str) -> None:
+    for name in ("fc", "classifier", "heads", "head"):
+        if hasattr(network, name):
+            setattr(network, name, nn.Identity())
+            return
+    raise UserError(f"{where}: {type(network).__name__} has no classifier that is known: take it from timm")
+
+
+def _open_own(ref: Features, where: str, device: str) -> FeatureNetwork:
+    module, _, name = str(ref.target).partition(":")
+    try:
+        found: FeatureNetwork = getattr(importlib.import_module(module), name).open(ref.model, device)
+        dim = found(torch.zeros(1, 3, *found.size)).shape
+    except (ImportError, AttributeError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{where}.target: cannot open {ref.target} ({' '.join(str(error).split())[:200]}): name "
+                        "package.module:Class, whose open(folder, device) gives a FeatureNetwork") from error
+    if dim != (1, found.dim):
+        raise UserError(f"{where}.target: {ref.target} gives features of shape {tuple(dim)} for one image, and says "
+                        f"that they have {found.dim} dimensions: mend it")
+    return found
+
+
+def _channels_last(network: Any) -> None:
+    """Lay convolutions' weights out as they are the fastest in, on CPUs and GPUs; TorchScript modules, too."""
+    for value in network.parameters():
+        if value.ndim == 4:
+            value.data = value.data.contiguous(memory_format=torch.channels_last)
+
+
+def _as_input(images: torch.Tensor, device: str) -> torch.Tensor:
+    return images.to(device, memory_format=torch.channels_last)
 
 
 # --- features ------------------------------------------------------------------------------------------------------
 
 
-def features(images: Iterable[Image.Image], network: FeatureNetwork, batch_size: int,
+def features(images: Iterable[Image.Image | np.ndarray], network: FeatureNetwork, batch_size: int,
              tell: Callable[[int], object] = lambda num_images: None) -> np.ndarray:
-    """Features of images, (N, D) float64, in their order.
+    """Features of images in memory, (N, D) float64, in their order.
 
     Args:
-        images: RGB, any sizes.
+        images: RGB, any sizes; or arrays (H, W, 3) uint8.
         network: see `open_network`.
         batch_size: images at once.
         tell: called with the number of images of every finished batch.
+
+    Raises:
+        ValueError: an array is of another shape or type: floats in [0, 1] would be taken for black.
     """
-    resize = clean_resizer(network.size)
     stream = iter(images)
     batches = []
-    while batch := [torch.from_numpy(resize(np.asarray(image))) for image in islice(stream, batch_size)]:
-        batches.append(network(torch.stack(batch).permute(0, 3, 1, 2)))
+    while batch := [network.prepare(_checked(image)) for image in islice(stream, batch_size)]:
+        batches.append(network(torch.stack(batch)))
         tell(len(batch))
     return np.concatenate(batches) if batches else np.zeros((0, network.dim))
 
 
-# --- images --------------------------------------------------------------------------------------------------------
-
-
-def iterate_images(source: str | list[str], where: str, rejects: list[Reject]) -> Iterator[Image.Image]:
-    """The images of a folder (with those below it, sorted), or of shards, decoded.
-
-    A broken image in a folder is an error, as somebody put it there; in a shard from the web it is one of many, and is
-    appended to `rejects`.
-
-    Raises:
-        UserError: nothing is there, or a folder holds a broken image.
-    """
-    if isinstance(source, str) and Path(source).is_dir():
-        paths = image_files(Path(source))
-        if not paths:
-            raise UserError(f"{where}: no image ({', '.join(IMAGE_EXTENSIONS)}) in {source}: check the path")
-        yield from map(read_image, paths)
-        return
-    if not source:
-        raise UserError(f"{where} is empty: give a folder of real images, or shards")
-    for shard in expand(source, where):
-        for sample in read_shard(shard, rejects):
-            try:
-                yield sample.image()
-            except BadSample as error:
-                rejects.append(Reject(sample.shard, sample.key, error.reason, error.detail))
-
-
-def image_files(folder: Path) -> list[Path]:
-    extensions = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-    return sorted(path for path in folder.rglob("*")
-                  if path.suffix.lower() in extensions and not path.name.startswith("."))
-
-
-def read_image(path: Path) -> Image.Image:
-    """Decode one file; `UserError` with its name where it is not a whole image."""
-    try:
-        return decode_image(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"no image at {path}: it was there before; put it back, or run generate again") from None
-    except BadSample as error:
-        raise UserError(f"{path} is not a whole image ({error.reason}): delete or replace it, and run again") from None
+def _checked(image: Image.Image | np.ndarray) -> Image.Image | np.ndarray:
+    if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+        raise ValueError(f"an image is an array (H, W, 3) uint8, not {image.shape} {image.dtype}")
+    return image

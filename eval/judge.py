@@ -28,7 +28,7 @@ WHERE = "evaluate.judge"
 METRIC = re.compile(r"[a-z][a-z0-9_]{0,39}")
 TAKEN = ("schema", "sets", "prompts", "size", "is_cut", "features", "clip_score", "fid", "fid_infinity", "fd_dinov2",
          "fd_dinov2_infinity", "cmmd", "kid", "precision", "recall", "density", "coverage", "distances", "num_images",
-         "num_prompts", "num_reference", "clip_truncated", "clip_model", "judges", "headline_sets", "sizes",
+         "num_prompts", "num_reference", "clip_truncated", "clip_model", "judges", "headline_sets", "resolutions",
          "is_paired")
 """Names in scores.json and metrics.json that no judge may use."""
 

@@ -17,6 +17,8 @@ class Measure:
     is_share: bool = False
     """In 0…1, written in percent; a difference of two is in points."""
     about: str = ""
+    scale: float = 1
+    """What a value is multiplied by where it is written."""
 
     @property
     def name(self) -> str:
@@ -31,11 +33,15 @@ class Measure:
         """`23.10`, `63.2 %`."""
         if value is None:
             return NONE
-        return f"{100 * value:.1f} %" if self.is_share else f"{value:.2f}"
+        return f"{100 * value:.1f} %" if self.is_share else f"{self.written(value):.2f}"
 
     def change(self, value: float) -> str:
         """A difference: `+0.51`, `−3.4`."""
-        return signed(100 * value, 1) if self.is_share else signed(value)
+        return signed(self.written(value), 1 if self.is_share else 2)
+
+    def written(self, value: float) -> float:
+        """The number that is written, and drawn in charts: a share's in percent."""
+        return (100 if self.is_share else self.scale) * value
 
     def figures(self, found: dict[str, Any]) -> str:
         """`+0.51, 95 % interval +0.20 to +0.82` of a comparison."""
@@ -56,15 +62,32 @@ class Measure:
 
 FID = Measure("fid", "FID", lower_is_better=True, about="Distance to real images.")
 CLIP_SCORE = Measure("clip_score", "CLIP score", about="Match of picture and prompt.")
+DISTANCES = [
+    FID,
+    Measure("fd_dinov2", "FD-DINOv2", lower_is_better=True, about="The same by DINOv2's features."),
+    Measure("cmmd", "CMMD", lower_is_better=True, about="Distance to real images by CLIP, unbiased."),
+    Measure("kid", "KID ×1000", lower_is_better=True, about="Distance to real images, unbiased.", scale=1000),
+    Measure("precision", "Precision", is_share=True, about="Pictures that lie among real images."),
+    Measure("recall", "Recall", is_share=True, about="Real images that pictures lie about."),
+    Measure("density", "Density", about="How many real images each picture lies near."),
+    Measure("coverage", "Coverage", is_share=True, about="Real images that have a picture near."),
+]
+"""To real images, in the order of a table."""
 
 
 def measures_of(metrics: dict[str, Any]) -> list[Measure]:
-    """The measures in a metrics.json: those of its judge, CLIP score, FID."""
-    judge = metrics.get("judge")
-    judged = judge.get("metrics") if isinstance(judge, dict) else None
-    own = [Measure(str(key), str(key).replace("_", " ").capitalize(), is_share=True,
-                   about=_sentence(str(text))) for key, text in judged.items()] if isinstance(judged, dict) else []
-    return [*own, CLIP_SCORE, FID]
+    """The measures in a metrics.json: those of its judges, CLIP score, distances."""
+    judges = metrics.get("judges")
+    judged = [_judged(key, about) for judge in (judges if isinstance(judges, list) else [])
+              if isinstance(judge, dict) and isinstance(judge.get("metrics"), dict)
+              for key, about in judge["metrics"].items()]
+    return [*judged, *(each for each in (CLIP_SCORE, *DISTANCES) if each.key in metrics)]
+
+
+def _judged(key: str, about: Any) -> Measure:
+    about = about if isinstance(about, dict) else {}
+    return Measure(str(key), str(key).replace("_", " ").capitalize(), bool(about.get("lower_is_better", False)),
+                   bool(about.get("is_share", True)), _sentence(str(about.get("about", ""))))
 
 
 def _sentence(text: str) -> str:
@@ -72,8 +95,10 @@ def _sentence(text: str) -> str:
 
 
 def headline_measures(measures: list[Measure]) -> list[Measure]:
-    """The judge's first where there is one, CLIP score and FID. The first of them leads."""
-    return [*measures[:-2][:1], *measures[-2:]]
+    """The judges' first where there is one, CLIP score, and FID or the first distance. The first of them leads."""
+    own = [each for each in measures if each not in (CLIP_SCORE, *DISTANCES)]
+    return [*own[:1], *(each for each in measures if each == CLIP_SCORE),
+            *[each for each in measures if each in DISTANCES][:1]]
 
 
 def signed(value: float, digits: int = 2) -> str:

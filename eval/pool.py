@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 
 from eval.comparisons import Run, baseline, claim, compare, compare_sets, summarize
-from eval.fid import load
 from eval.measures import measures_of
+from eval.reference import load
 from eval.report import settings
 from eval.verdict import Findings
 from recap.errors import UserError
 from recap.storage import write_bytes
 
 SCHEMA = 1
-REFERENCE = "reference/reference.npz"
+REFERENCE = "reference/features.npz"
 OWN = ("name", "runs", "device", "train.model")
 """Settings in which pooled runs may differ."""
-SCORED_BY = ("features", "feature_dim", "clip_model", "judge", "headline_sets", "num_images", "num_reference")
+SCORED_BY = ("distances", "clip_model", "judges", "headline_sets", "num_images", "num_reference")
 
 
 def pool(folders: list[Path], out: Path, title: str, command: str) -> Findings:
@@ -45,8 +45,7 @@ def pool(folders: list[Path], out: Path, title: str, command: str) -> Findings:
         _check_pictures(per_run[0][0], runs)
     _check_models(folders, reports)
     arms, runs = reports[0]["config"]["arms"], [run for each in per_run for run in each]
-    reference = load(folders[0] / REFERENCE)[0]
-    found = Findings(arms, measures_of(runs[0].metrics), summarize(arms, runs), compare(arms, runs, reference))
+    found = Findings(arms, measures_of(runs[0].metrics), summarize(arms, runs), compare(arms, runs))
     write_bytes(str(out), _by_line({
         "schema": SCHEMA, "title": title, "command": command, "date": datetime.now(UTC).date().isoformat(),
         "hardware": reports[0]["environment"].get("hardware", ""), "environment": reports[0]["environment"],
@@ -118,18 +117,23 @@ def _check_alike(first: Path, other: Path, report: dict[str, Any], others: dict[
     if report["captions"] != others["captions"]:
         raise UserError(f"{other} was trained on other captions than {first}: copy stitch, captioner and relabel from "
                         "one run to the others, and train on those")
-    a, b = (load(folder / REFERENCE)[0] for folder in (first, other))
-    if a.n != b.n or a.dim != b.dim or not np.allclose(a.mu, b.mu) or not np.allclose(a.sigma, b.sigma):
+    a, b = (load(folder / REFERENCE).features for folder in (first, other))
+    if a.shape != b.shape or not np.allclose(a, b):
         raise UserError(f"{other} has other real images than {first}: pool runs of one experiment")
 
 
 def _check_pictures(first: Run, runs: list[Run]) -> None:
     for run in runs:
-        if run.prompts != first.prompts:
+        if run.drawn != first.drawn:
             raise UserError(f"{run.images} was drawn from other prompts or noise than {first.images}: pool runs of one "
                             "experiment")
-        if differing := [key for key in SCORED_BY if run.metrics.get(key) != first.metrics.get(key)]:
+        if differing := [key for key in SCORED_BY if _scored_by(run, key) != _scored_by(first, key)]:
             raise UserError(f"{run.evaluated} has other {differing[0]} than {first.evaluated}: evaluate both alike")
+
+
+def _scored_by(run: Run, key: str) -> Any:
+    found = run.metrics.get(key)
+    return {name: each["network"] for name, each in found.items()} if key == "distances" and found else found
 
 
 def _check_models(folders: list[Path], reports: list[dict[str, Any]]) -> None:

@@ -1,23 +1,28 @@
 """Everything that a run found → `index.html`, one file that needs no network, beside `report.json` for programs."""
 
-import json
 import statistics
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from eval.beside import Beside, read_beside
-from eval.caption_table import Source, caption_table
+from eval.caption_table import NUM_SAMPLES, Source, caption_table, close_to
 from eval.charts import Row, dot_chart
-from eval.comparisons import ArmSummary, Run, compare, compare_sets, summarize
-from eval.config import JudgeRef, Report
-from eval.exhibits import captions, grid
-from eval.fid import load
+from eval.comparisons import Run, compare, compare_sets, summarize
+from eval.config import ClipScore, JudgeRef, Report
+from eval.curves import TITLES, Kind, Point, curves
+from eval.exhibits import captions, exhibits
 from eval.judge import open_judge
-from eval.measures import FID, NONE, Measure, measures_of, signed
-from eval.verdict import Findings, for_terminal, p_text, verdict
+from eval.matrix import matrix
+from eval.measures import CLIP_SCORE, DISTANCES, Measure, measures_of, signed
+from eval.provenance import duration, flows, settings, times
+from eval.scoreboard import cautions, facts, scoreboard
+from eval.tables import with_spread, write_tables
+from eval.trackers import log_report
+from eval.verdict import Findings, for_terminal, p_of, p_text, verdict
 from recap.errors import UserError
 from recap.rundir import StageDir
 from recap.storage import write_bytes, write_json
@@ -25,7 +30,7 @@ from recap.storage import write_bytes, write_json
 SCHEMA = 1
 MAX_COMPARISONS = 500
 """In a table of the page; `report.json` lists them all."""
-__all__ = ["ReportInput", "Run", "run"]
+__all__ = ["Point", "ReportInput", "Run", "run", "settings"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,10 @@ class ReportInput:
     """Shards with the stitched captions that the captioner was tuned on."""
     reference: list[str] = field(default_factory=list)
     """Shards of the real images, where it is shards."""
-    statistics: Path | None = None
-    """Of the real images, as `reference.npz`; without them FIDs are not compared."""
     judge: JudgeRef | None = None
+    """Who says what captions cover; nobody by default."""
+    clip: ClipScore | None = None
+    """Whose text encoder says how close captions come to references; by default they are not compared."""
     device: str = "cpu"
     counts: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stage → its result: `images_in`, `images_out`, `quarantined` (reason → images), and other numbers."""
@@ -58,10 +64,14 @@ class ReportInput:
     """Arm → the guidance scale that it was drawn with."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Stage (`relabel`, `seed-0/train/alt`) → how long it took."""
+    swept: list[Point] = field(default_factory=list)
+    """Points of curves, beside the runs."""
 
 
 def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]:
-    """Write `index.html` and `report.json` into the stage's folder.
+    """Write `index.html`, `report.json`, `table.md`, `metrics.csv` and `comparisons.csv` into the stage's folder.
+
+    The trackers of the training are told the figures, too.
 
     Returns:
         `summary`, for the terminal.
@@ -69,60 +79,102 @@ def run(stage: StageDir, content: ReportInput, config: Report) -> dict[str, Any]
     if not content.runs:
         raise UserError("the report has no arm to show: give at least one in arms")
     found = find(content)
-    judge = open_judge(content.judge, content.device) if content.judge else None
-    said = caption_table(_sources(content, config), judge)
-    headline, sentences = verdict(found)
+    said = _captions(content, config)
+    close = _closeness(content, config, said)
     forms = compare_sets(content.arms, content.runs, config.compare_sets)
     page = _template().render(
-        title=config.title or content.name, note=config.note, content=content, headline=headline, sentences=sentences,
-        found=found, pairs=_pairs(found), charts=_charts(found), sets=_sets(content.runs, found),
-        forms=_forms(found, forms), captions=said,
-        beside=_beside(config.beside), grid=grid(content.arms, content.runs, config.num_prompts, found.lead),
-        cards=captions(content.relabelled, content.styles, config.num_captions),
-        metrics=content.runs[0].metrics, num_seeds=len({each.seed for each in content.runs}),
-        guidance=_guidance(content.guidance),
-        settings=settings(content.config), flows=_flows(content.counts), times=_times(content.seconds))
+        title=config.title or content.name, note=config.note, content=content, found=found,
+        **_compared(content, found), forms=_forms(found, forms),
+        curves=curves(found, content.swept, _usual_points(content)),
+        matrix=matrix(found, content.runs, _trained_on(content.config)), beside=_beside(config.beside),
+        exhibits=exhibits(found, content.runs, config.num_prompts),
+        cards=captions(content.relabelled, content.styles, config.num_captions), captions=said, closeness=close,
+        num_samples=NUM_SAMPLES, has_facts=any(row["num_judged"] for rows in said.values() for row in rows.values()),
+        settings=settings(content.config), flows=flows(content.counts), times=times(content.seconds))
     # Keys and texts from the web may hold lone surrogates, which no encoding takes.
     write_bytes(str(stage.path / "index.html"), page.encode("utf-8", "replace"))
     write_json(str(stage.path / "report.json"), {
         "schema": SCHEMA,
         "runs": [{"seed": each.seed, "arm": each.arm, "metrics": each.metrics} for each in content.runs],
-        "comparisons": found.comparisons, "set_comparisons": forms, "captions": said, "counts": content.counts,
+        "comparisons": found.comparisons, "set_comparisons": forms, "swept": [asdict(each) for each in content.swept],
+        "captions": said, "closeness": close, "counts": content.counts,
         "config": content.config, "environment": content.environment})
+    write_tables(stage.path, found, content.runs, content.environment)
+    log_report(stage, content.config, content.runs, content.swept, content.device)
     return {"summary": for_terminal(found)}
 
 
 def find(content: ReportInput) -> Findings:
     """Means over seeds, and all pairs of arms."""
-    reference = load(content.statistics)[0] if content.statistics else None
     return Findings(content.arms, measures_of(content.runs[0].metrics), summarize(content.arms, content.runs),
-                    compare(content.arms, content.runs, reference))
+                    compare(content.arms, content.runs))
+
+
+def _compared(content: ReportInput, found: Findings) -> dict[str, Any]:
+    """What the page says of arms, and by what it was measured."""
+    headline, sentences = verdict(found)
+    metrics = content.runs[0].metrics
+    return {"headline": headline, "sentences": sentences, "pairs": _pairs(found), "charts": _charts(found),
+            "scoreboard": scoreboard(found, content.runs), "facts": facts(content.runs),
+            "cautions": cautions(content.runs), "metrics": metrics, "is_paired": metrics.get("is_paired", True),
+            "num_prompts": metrics.get("num_prompts", metrics["num_images"]), "clip_score": CLIP_SCORE,
+            "distances": DISTANCES, "num_seeds": len({each.seed for each in content.runs}),
+            "guidance": _guidance(content.guidance)}
+
+
+def _usual_points(content: ReportInput) -> list[Point]:
+    """Of each arm's first run, where it stands on each curve."""
+    first: dict[str, Run] = {}
+    for each in content.runs:
+        first.setdefault(each.arm, each)
+    return [Point(arm, kind, float(value), run.metrics) for arm, run in first.items() for kind in TITLES
+            if (value := _usual(content, arm, kind)) is not None]
+
+
+def _usual(content: ReportInput, arm: str, kind: Kind) -> float | None:
+    if kind == "guidance_scale":
+        return content.guidance.get(arm)
+    table, name = ("train", "steps") if kind == "train_steps" else ("generate", kind)
+    value: float | None = content.config.get(table, {}).get(name)
+    return value
+
+
+def _trained_on(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Arm → kinds of captions that it was trained on."""
+    return {arm: [kind for kind, weight in about.get("captions", {}).items() if weight]
+            for arm, about in config.get("arm", {}).items()}
+
+
+# --- captions ------------------------------------------------------------------------------------------------------
 
 
 def _sources(content: ReportInput, config: Report) -> list[Source]:
     """Where captions are read from: before, after, and what people would write."""
     return [Source("alt-text", content.relabelled, ["alt"]), Source("stitched", content.stitched, content.styles),
-            Source("relabelled", content.relabelled, content.styles),
-            Source("references", content.reference if config.references else [], config.references)]
+            Source("relabelled", content.relabelled, content.styles), _references(content, config)]
 
 
-def _sets(runs: list[Run], found: Findings) -> list[dict[str, Any]]:
-    """A row for each arm and prompt set: means over seeds of the leading measure and of CLIP score."""
-    shown = [measure for measure in found.headline if measure is not FID]
-    rows = []
-    for name in runs[0].metrics["sets"]:
-        arms = []
-        for arm in [each.arm for each in found.summaries]:
-            values = [run.metrics["sets"].get(name, {}) for run in runs if run.arm == arm]
-            arms.append([measure.text(_mean([each.get(measure.key) for each in values])) for measure in shown])
-        rows.append({"set": name, "num": runs[0].metrics["sets"][name]["num_images"], "arms": arms,
-                     "probe": name not in runs[0].metrics["headline_sets"]})
-    return rows
+def _references(content: ReportInput, config: Report) -> Source:
+    return Source("references", content.reference if config.references else [], config.references)
 
 
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+def _captions(content: ReportInput, config: Report) -> dict[str, dict[str, dict[str, Any]]]:
+    """What `caption_table` finds, by the experiment's own judge if it reads captions."""
+    sources = [each for each in _sources(content, config) if each.shards]
+    judge = open_judge(content.judge, content.device) if content.judge and sources else None
+    return caption_table(sources, judge if hasattr(judge, "caption") else None)
+
+
+def _closeness(content: ReportInput, config: Report, said: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of all kinds that were found in the relabelled shards."""
+    kinds = [*said.get("alt-text", {}), *said.get("relabelled", {})]
+    if content.clip is None or not kinds:
+        return {}
+    return close_to(_references(content, config), Source("relabelled", content.relabelled, kinds), content.clip,
+                    content.device)
+
+
+# --- comparisons ---------------------------------------------------------------------------------------------------
 
 
 def _pairs(found: Findings) -> list[dict[str, str]]:
@@ -147,7 +199,14 @@ def _in_words(each: dict[str, Any], measure: Measure) -> dict[str, str]:
     return {"measure": f"{measure.label} {measure.arrow}",
             "prompts": f"{each['num_prompts']:,}" if each.get("num_prompts") else "",
             "difference": f"{measure.change(each['difference'])}{measure.unit}", "interval": measure.interval(each),
-            "ratio": ratio, "p": "" if each["p"] is None else p_text(each["p"]), "verdict": each["verdict"]}
+            "ratio": ratio, "p": _p_in_words(each), "verdict": each["verdict"]}
+
+
+def _p_in_words(each: dict[str, Any]) -> str:
+    """`p = 0.012`, `p = 0.012, by Holm p = 0.036`."""
+    if each["p"] is None:
+        return ""
+    return p_text(each["p"]) + (f", by Holm {p_text(each['p_holm'])}" if each.get("p_holm") is not None else "")
 
 
 def _guidance(scales: dict[str, float]) -> str:
@@ -157,12 +216,6 @@ def _guidance(scales: dict[str, float]) -> str:
     usual = statistics.mode(scales.values())
     own = ", ".join(f"{arm}: {scale:g}" for arm, scale in scales.items() if scale != usual)
     return f"{usual:g} ({own})" if own else f"{usual:g}"
-
-
-def spread(summary: ArmSummary, measure: Measure) -> str:
-    """Mean and standard deviation over seeds: `23.10 ± 0.42`, `63.2 ± 1.1 %`."""
-    mean, deviation = measure.text(summary.mean(measure)), measure.text(summary.spread(measure))
-    return mean if deviation == NONE else f"{mean.removesuffix(' %')} ± {deviation}"
 
 
 @dataclass(frozen=True)
@@ -207,10 +260,9 @@ def _charts(found: Findings) -> list[dict[str, Any]]:
 
 
 def _values(found: Findings, measure: Measure) -> dict[str, Any]:
-    scale = 100 if measure.is_share else 1
     rows, reference = [], 0.0
     for each in found.summaries:
-        values = [scale * value for value in each.values.get(measure.key, [])]
+        values = [measure.written(value) for value in each.values.get(measure.key, [])]
         if values:
             rows.append(Row(each.arm, values, measure.text(each.mean(measure)), tone=_tone(found, each.arm, measure)))
         if each.arm == found.baseline and values:
@@ -221,9 +273,8 @@ def _values(found: Findings, measure: Measure) -> dict[str, Any]:
 
 
 def _differences(found: Findings, measure: Measure) -> list[dict[str, Any]]:
-    scale = 100 if measure.is_share else 1
-    rows = [Row(arm, [scale * each["difference"]], measure.change(each["difference"]),
-                (scale * each["ci"][0], scale * each["ci"][1]), _tone(found, arm, measure))
+    rows = [Row(arm, [measure.written(each["difference"])], measure.change(each["difference"]),
+                (measure.written(each["ci"][0]), measure.written(each["ci"][1])), _tone(found, arm, measure))
             for arm in found.arms if (each := found.against(arm, measure)) and each["ci"]]
     if not rows:
         return []
@@ -242,55 +293,14 @@ def _tone(found: Findings, arm: str, measure: Measure) -> str:
 # --- template ------------------------------------------------------------------------------------------------------
 
 
+def tied(text: str) -> str:
+    """With no line's end before a percent sign."""
+    return text.replace(" %", "\u00a0%")
+
+
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["spread"] = spread
-    environment.filters |= {"signed": signed, "duration": duration, "count": "{:,}".format}
+    environment.globals |= {"spread": with_spread, "p_of": p_of}
+    environment.filters |= {"signed": signed, "duration": duration, "count": "{:,}".format, "tied": tied}
     return environment.get_template("report.html")
-
-
-def duration(seconds: float) -> str:
-    """`48 s`, `12 min`, `3.4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
-
-
-def _flows(counts: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per stage: how many images came in, went out, and were quarantined for which reason; and its other numbers."""
-    flows = []
-    for stage, result in counts.items():
-        known = {"images_in", "images_out", "quarantined", "seconds", "fingerprint"}
-        others = {name.replace("_", " "): value for name, value in result.items()
-                  if name not in known and isinstance(value, int | float) and not isinstance(value, bool)}
-        named = result.get("flags", {}) | (result["captions"] if stage == "relabel" and "captions" in result else {})
-        others |= {name.replace("_", " ").replace("/", ": "): value for name, value in named.items()}
-        quarantined = result.get("quarantined") or {}
-        flows.append({"stage": stage, "in": result.get("images_in"), "out": result.get("images_out"), "others": others,
-                      "quarantined": sorted(quarantined.items(), key=lambda pair: -pair[1])})
-    return flows
-
-
-def _times(seconds: dict[str, float]) -> dict[str, float]:
-    """Seconds by kind of stage, over seeds and arms: `seed-0/train/alt` counts as `train`."""
-    totals: dict[str, float] = {}
-    for stage, value in seconds.items():
-        kind = stage.split("/")[-2] if "/" in stage else stage
-        totals[kind] = totals.get(kind, 0.0) + value
-    return totals
-
-
-def settings(config: dict[str, Any]) -> str:
-    """The experiment as `table.key = value` lines: TOML, and also what a command line overrides."""
-    lines: list[str] = []
-    for name, value in config.items():
-        block = [f"{key} = {json.dumps(leaf, ensure_ascii=False)}" for key, leaf in _leaves(value, name)]
-        lines += ["", *block] if isinstance(value, dict) and block else block
-    return "\n".join(lines).strip()
-
-
-def _leaves(value: Any, key: str) -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [leaf for name, child in value.items() for leaf in _leaves(child, f"{key}.{name}")]
-    return [] if value is None else [(key, value)]

@@ -11,26 +11,30 @@ from typing import Any
 import numpy as np
 
 ALPHA = 0.05
+CANT_TELL = "can't tell"
 MIN_SEEDS = 3
 """From so many training seeds on, intervals speak of training anew as well."""
 _CHUNK = 2_000_000  # random numbers in memory at once
 
 
 def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarray, seed: int,
-                      num_resamples: int = 2000, seeds: Sequence[int] | None = None) -> dict[str, Any]:
+                      num_resamples: int = 2000, seeds: Sequence[int] | None = None,
+                      lower_is_better: bool = False) -> dict[str, Any]:
     """Mean difference a − b over pairs: 95 % interval and sign-flip p-value.
 
     The scores of a prompt are averaged over seeds. The interval is that of resampling prompts with replacement (Efron
     1979), and the p-value flips the signs of the prompts' differences, which under the null hypothesis are symmetric
-    about 0 (Fisher 1935); it counts the observed one among the draws, so it is never 0 (Phipson & Smyth 2010). From
-    `MIN_SEEDS` training seeds on both speak of other seeds as well, by `crossed_variance` and Student's t.
+    about 0 (Fisher 1935); it counts the observed one among the draws, so it is never 0 (Phipson & Smyth 2010), and what
+    is just as extreme, as scores of yes and no often are, for a half (Lancaster 1961). From `MIN_SEEDS` training seeds
+    on both speak of other seeds as well, by `crossed_variance` and Student's t.
 
     Args:
-        a: scores of arm A, (N,), one a prompt, or (R, N), a row a run; higher is better; NaN where there is none.
+        a: scores of arm A, (N,), one a prompt, or (R, N), a row a run; NaN where there is none.
         b: scores of arm B on the same prompts and runs, in the same order.
         seed: of both kinds of draws.
         num_resamples: of each kind.
         seeds: (R,) the training seed of each row, see `by_seed`; by default every row has its own.
+        lower_is_better: of the scores, as of distances.
 
     Returns:
         `difference` (mean of a − b over the prompts that both arms have a score for), `ci` [low, high], `p`
@@ -57,11 +61,48 @@ def paired_difference(a: Sequence[Any] | np.ndarray, b: Sequence[Any] | np.ndarr
         (low, high), p = around(observed, variance, freedom), p_of(observed, variance, freedom)
     else:
         low, high = np.quantile(_bootstrap_means(differences, num_resamples, rng), [ALPHA / 2, 1 - ALPHA / 2])
-        # What differs from the observed only by rounding is as extreme as the observed.
-        as_extreme = np.abs(_flipped_means(differences, num_resamples, rng)) >= abs(observed) * (1 - 1e-9)
-        p = (1 + int(as_extreme.sum())) / (1 + num_resamples)
-    return {"difference": observed, "ci": [float(low), float(high)], "p": p, "verdict": verdict_of(low, high, p),
-            "num_prompts": int(shared.sum()), "over": "prompts and seeds" if over_seeds else "prompts"}
+        p = _flipped_p(differences, num_resamples, rng)
+    return {"difference": observed, "ci": [float(low), float(high)], "p": p,
+            "verdict": verdict_of(low, high, p, lower_is_better), "num_prompts": int(shared.sum()),
+            "over": "prompts and seeds" if over_seeds else "prompts"}
+
+
+def paired_ratio(a: np.ndarray, b: np.ndarray, seed: int, seeds: Sequence[int] | None = None) -> dict[str, Any]:
+    """The ratio of two means, a / b, with its 95 % interval; scores as of `paired_difference`.
+
+    By the logarithm, whose scatter is, to the first order, that of either score in shares of its mean.
+
+    Returns:
+        `ratio` and `ratio_ci`; None where a mean is not above 0.
+    """
+    means = [float(np.mean([np.nanmean(row) for row in by_seed(np.atleast_2d(each), seeds)])) for each in (a, b)]
+    if min(means) <= 0:
+        return {"ratio": None, "ratio_ci": None}
+    ratio = means[0] / means[1]
+    low, high = paired_difference(np.atleast_2d(a) / means[0], np.atleast_2d(b) / means[1], seed, seeds=seeds)["ci"]
+    return {"ratio": ratio, "ratio_ci": [ratio * math.exp(low), ratio * math.exp(high)]}
+
+
+def unpaired_difference(a: np.ndarray, b: np.ndarray, lower_is_better: bool = False) -> dict[str, Any]:
+    """Mean difference a − b of images that are not of the same prompts, by Welch's t (1947).
+
+    Args:
+        a: scores of arm A, (N,), at least 2; NaN where there is none.
+        b: scores of arm B, (M,), at least 2.
+        lower_is_better: of the scores, as of distances.
+
+    Returns:
+        As of `paired_difference`; `num_prompts` is None.
+    """
+    known = [each[~np.isnan(each)] for each in (a, b)]
+    difference = float(known[0].mean() - known[1].mean())
+    parts = [float(each.var(ddof=1)) / len(each) for each in known]
+    variance = sum(parts)
+    freedom = variance ** 2 / sum(part ** 2 / (len(each) - 1) for part, each in zip(parts, known, strict=True)) \
+        if variance else math.inf
+    (low, high), p = around(difference, variance, freedom), p_of(difference, variance, freedom)
+    return {"difference": difference, "ci": [low, high], "p": p, "verdict": verdict_of(low, high, p, lower_is_better),
+            "num_prompts": None, "over": "images"}
 
 
 # --- training seeds ------------------------------------------------------------------------------------------------
@@ -149,11 +190,11 @@ def mean_over_runs(scores: np.ndarray) -> np.ndarray:
     return mean
 
 
-def verdict_of(low: float, high: float, p: float) -> str:
-    """In words, where higher is better."""
+def verdict_of(low: float, high: float, p: float, lower_is_better: bool = False) -> str:
+    """In words, of what the interval and the p-value say together."""
     if p >= ALPHA or low <= 0 <= high:
-        return "can't tell"
-    return "better" if low > 0 else "worse"
+        return CANT_TELL
+    return "better" if (low > 0) != lower_is_better else "worse"
 
 
 def _bootstrap_means(values: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -167,6 +208,16 @@ def _flipped_means(values: np.ndarray, num_resamples: int, rng: np.random.Genera
     rows = _rows(values, num_resamples)
     signs = (rng.integers(2, size=(count, len(values)), dtype=np.int8) * 2 - 1 for count in rows)
     return np.concatenate([sign @ values / len(values) for sign in signs])
+
+
+def _flipped_p(values: np.ndarray, num_resamples: int, rng: np.random.Generator) -> float:
+    """Two-sided p-value of a mean; 1 of one that is 0."""
+    observed = abs(float(values.mean()))
+    if observed == 0:
+        return 1.0
+    flipped = np.abs(_flipped_means(values, num_resamples, rng)) / observed
+    ties = np.isclose(flipped, 1, rtol=1e-9)  # what differs only by rounding is as extreme
+    return float(1 + (flipped[~ties] > 1).sum() + ties.sum() / 2) / (1 + num_resamples)
 
 
 def _rows(values: np.ndarray, num_resamples: int) -> list[int]:

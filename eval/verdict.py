@@ -6,8 +6,8 @@ from functools import cached_property
 from typing import Any
 
 from eval.comparisons import CONTROLS, ArmSummary, baseline, claim
-from eval.measures import FID, Measure, headline_measures
-from eval.statistics import MIN_SEEDS
+from eval.measures import CLIP_SCORE, DISTANCES, FID, Measure, headline_measures
+from eval.statistics import CANT_TELL, MIN_SEEDS
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,19 @@ class Findings:
 
     @property
     def lead(self) -> Measure:
-        """What the headline goes by: the judge's first metric, or else CLIP score."""
+        """What the headline goes by: the judges' first metric, or else CLIP score, or a distance where there are no
+        prompts.
+        """
         return self.headline[0]
 
     @property
     def baseline(self) -> str:
         return baseline(self.arms)
+
+    @property
+    def num_adjusted(self) -> int:
+        """Comparisons whose p-values are adjusted as one family."""
+        return sum(each.get("p_holm") is not None for each in self.comparisons)
 
     def against(self, arm: str, measure: Measure) -> dict[str, Any] | None:
         """The comparison of an arm with the baseline, if there is one."""
@@ -54,21 +61,37 @@ def verdict(found: Findings) -> tuple[str, list[str]]:
     result = found.against(a, lead)
     if result is None:
         return f"No prompt gives both “{a}” and “{b}” a value of {lead.name}: there is nothing to compare.", []
-    headline = f"Pictures of the arm “{a}” match their prompts {result['verdict']} than those of “{b}”"
-    if result["verdict"] == "can't tell":
-        headline = f"No difference between the arms “{a}” and “{b}” could be shown"
-    if lead.is_share:
-        ours, theirs = (lead.text(found.mean(arm, lead)) for arm in (a, b))
-        headline += f": {lead.name} {ours} against {theirs}"
-    scores = [_score_sentence(a, b, measure, each) for measure in found.headline[:-1]
-              if (each := found.against(a, measure))]
-    return f"{headline}.", [*scores, *_fid_sentences(a, b, found), *_disagreement(a, found), *_control(a, found),
-                            *_seed_sentences(result)]
+    said = [sentence for measure in found.headline for sentence in _sentences(a, b, measure, found)]
+    return _headline(a, b, found, result["verdict"]), [
+        *said, *_disagreement(a, found), *_control(a, found), *_family(found), *_seed_sentences(result)]
 
 
-def _score_sentence(a: str, b: str, measure: Measure, found: dict[str, Any]) -> str:
-    over = f", over {found['num_prompts']:,} prompts" if found.get("num_prompts") else ""
-    return f"{measure.label} of {a} against {b}: {measure.figures(found)}, {p_text(found['p'])}{over}."
+def _headline(a: str, b: str, found: Findings, word: str) -> str:
+    lead = found.lead
+    if word == CANT_TELL:
+        said = f"No difference between the arms “{a}” and “{b}” could be shown"
+    elif lead in DISTANCES:
+        way = "come closer to real ones" if word == "better" else "stay farther from real ones"
+        said = f"Pictures of the arm “{a}” {way} than those of “{b}”"
+    else:
+        said = f"Pictures of the arm “{a}” match their prompts {word} than those of “{b}”"
+    if lead == CLIP_SCORE:  # its scale says nothing to most readers
+        return f"{said}."
+    ours, theirs = (lead.text(found.mean(arm, lead)) for arm in (a, b))
+    return f"{said}: {lead.name} {ours} against {theirs}{', lower is better' if lead.lower_is_better else ''}."
+
+
+def _sentences(a: str, b: str, measure: Measure, found: Findings) -> list[str]:
+    """What one measure of the headline says, in at most one sentence."""
+    if measure == FID:
+        return _fid_sentences(a, b, found)
+    result = found.against(a, measure)
+    if result is None:
+        return []
+    lower = ", lower is better," if measure.lower_is_better else ""
+    over = f", over {result['num_prompts']:,} prompts" if result.get("num_prompts") else ""
+    p = f", {p_text(p_of(result))}" if result["ci"] else ""
+    return [f"{measure.label}{lower} of {a} against {b}: {measure.figures(result)}{p}{over}: {result['verdict']}."]
 
 
 def _fid_sentences(a: str, b: str, found: Findings) -> list[str]:
@@ -80,12 +103,13 @@ def _fid_sentences(a: str, b: str, found: Findings) -> list[str]:
     if result is None:
         return [f"{sentence}."]
     if result["ci"] is None:
-        return [f"{sentence}; {result['note']}."]
+        return [f"{sentence}; {result['note']}: {result['verdict']}."]
     ratio = " ({:.2f} to {:.2f})".format(*result["ratio_ci"]) if result.get("ratio_ci") else ""
     ratio = f", ratio {result['ratio']:.2f}{ratio}" if result.get("ratio") is not None else ""
     drawn = f"{result['num_prompts']:,}" if result.get("num_prompts") else "so many"
+    p = "" if p_of(result) is None else f", {p_text(p_of(result))}"
     return [f"{sentence}; less the bias of an FID over {drawn} pictures, the difference is "
-            f"{FID.figures(result)}{ratio}: {result['verdict']}."]
+            f"{FID.figures(result)}{ratio}{p}: {result['verdict']}."]
 
 
 def _disagreement(a: str, found: Findings) -> list[str]:
@@ -126,7 +150,16 @@ def _than(result: dict[str, Any]) -> str:
     return {"better": "better than", "worse": "worse than"}.get(result["verdict"], "not told from")
 
 
+def _family(found: Findings) -> list[str]:
+    return [f"p is Holm's over the {found.num_adjusted} comparisons of the headline."] if found.num_adjusted > 1 else []
+
+
 def _seed_sentences(result: dict[str, Any]) -> list[str]:
+    if result["ci"] is None:
+        return []
+    if result.get("over") == "images":
+        return ["It is not known which pictures belong together, so they are compared as wholes: the interval "
+                "speaks of other pictures of these very models."]
     num_seeds, num_models = result.get("num_seeds") or 1, result.get("num_base_models") or 1
     if num_seeds < MIN_SEEDS or result.get("over") == "prompts":
         count = {1: "There is one training seed", 2: "There are two training seeds"}.get(
@@ -134,6 +167,12 @@ def _seed_sentences(result: dict[str, Any]) -> list[str]:
         return [f"{count}: the interval speaks of these very models, and training anew may move them by more."]
     models = f" on each of {num_models} base models, and of these models only" if num_models > 1 else ""
     return [f"The intervals speak of other prompts and of training anew, by {num_seeds} training seeds{models}."]
+
+
+def p_of(result: dict[str, Any]) -> float | None:
+    """The p-value of a comparison that its verdict heeds: Holm's where it belongs to the family."""
+    adjusted: float | None = result.get("p_holm")
+    return result["p"] if adjusted is None else adjusted
 
 
 def p_text(p: float | None) -> str:
@@ -171,5 +210,5 @@ def _line(name: str, cells: list[str], widths: list[int], last: str) -> str:
 def _against(lead: Measure, found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
-    low, high = map(lead.change, found["ci"])
-    return f"{lead.change(found['difference'])} [{low}, {high}] {found['verdict']}"
+    interval = " [{}, {}]".format(*map(lead.change, found["ci"])) if found["ci"] else ""
+    return f"{lead.change(found['difference'])}{interval} {found['verdict']}"

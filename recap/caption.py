@@ -1,11 +1,9 @@
 """`recap caption`: captions of single images, printed."""
 
-import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recap import progress
+from recap import config, progress
 from recap.captioners import open_captioner
 from recap.captioners.text import Caption
 from recap.config import Style
@@ -17,14 +15,9 @@ from recap.storage import exists, read_bytes
 if TYPE_CHECKING:
     from recap.pipeline import Experiment
 
-OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
-"""How `captioner.tuned=none` begins, and the name of no image that is there."""
-
-
 def tell_apart(arguments: list[str]) -> tuple[list[str], list[str]]:
     """What was given on the command line → images, and values that override the file's."""
-    overrides = [each for each in arguments if OVERRIDE.match(each) and not Path(each).exists()]
-    images = [each for each in arguments if each not in overrides]
+    images, overrides = config.tell_apart(arguments)
     if not images:
         raise UserError("caption: no image was named: give paths or URLs, e.g. photo.jpg")
     return images, overrides

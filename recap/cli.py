@@ -1,6 +1,7 @@
 """The `recap` command. Nothing heavy is imported before a command needs it, so that `recap --help` answers at once."""
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -185,9 +186,100 @@ def card(
 _add_stage("latents", "Encode the training images once, where train.cache_latents is set.")
 _add_stage("train", "Fine-tune Stable Diffusion, once for every seed and arm.")
 _add_stage("generate", "Draw the prompts with every arm.")
-_add_stage("reference", "Compute the statistics of the real images that FID compares with.")
-_add_stage("evaluate", "Score what every arm drew.")
-_add_stage("report", "Write the report.")
+
+
+@app.command()
+def reference(
+    arguments: Annotated[list[str] | None, typer.Argument(
+        metavar="[IMAGES] [TABLE.KEY=VALUE]…", help="A folder of real images, or shards; and values that override the "
+                                                    "file's, or the defaults.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The experiment, a TOML file.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to keep what is computed of IMAGES.")]
+    = Path("runs/reference"),
+    redo: Redo = False,
+) -> None:
+    """Compute what distances need of real images: of an experiment's, or of IMAGES, to keep."""
+    from recap.config import load, tell_apart
+    images, overrides = tell_apart(arguments or [])
+    if not images:
+        _run_file("reference", config, overrides, redo, "a folder of real images")
+        return
+    from eval.versus import keep_reference
+    from recap import pipeline
+    if len(images) > 1:
+        raise UserError(f"reference: {len(images)} folders were named: give one, or quote a pattern of shards")
+    given = [*overrides, f"evaluate.reference={json.dumps(images[0])}"]
+    keep_reference(load(config, given, pipeline.Experiment, runs=str(out.parent), name=out.name), redo)
+
+
+@app.command()
+def evaluate(
+    arguments: Annotated[list[str] | None, typer.Argument(
+        metavar="[A B…] [TABLE.KEY=VALUE]…", help="Folders of images, or diffusers pipelines, the one to compare with "
+                                                  "first; and values that override the file's.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The experiment, a TOML file.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Real images: a folder, shards, or what `recap reference` "
+                                                       "kept.")] = None,
+    prompts: Annotated[list[str] | None, typer.Option(help="A file of prompts; once for each.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where figures and report of A, B… go.")]
+    = Path("runs/evaluation"),
+    redo: Redo = False,
+) -> None:
+    """Score what every arm of an experiment drew; or compare any images and pipelines, A with B and others."""
+    from recap.config import load, tell_apart
+    places, overrides = tell_apart(arguments or [])
+    named = [f"evaluate.reference={json.dumps(reference)}"] if reference else []
+    named += [f"generate.prompts={json.dumps(prompts)}"] if prompts else []
+    if not places:
+        _run_file("evaluate", config, overrides + named, redo, "two folders or more to compare")
+        return
+    from eval.versus import evaluate as run
+    from recap import pipeline
+    run(load(config, overrides + named, pipeline.Experiment, runs=str(out.parent), name=out.name), places, redo)
+
+
+def _run_file(verb: str, config: Path | None, overrides: list[str], redo: bool, instead: str) -> None:
+    if config is None:
+        raise UserError(f"{verb}: of what? give -c FILE for an experiment, or {instead}")
+    _run(verb, config, overrides, False, redo)
+
+
+@app.command()
+def report(
+    arguments: Annotated[list[str] | None, typer.Argument(
+        metavar="[TABLE.KEY=VALUE]… | RUN…", help="With -c, values that override the file's; else folders of finished "
+                                                  "runs, runs/NAME, to compare with the first.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="The experiment, a TOML file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where to compare runs; by default in "
+                                                                 "runs/compared-NAME-NAME.")] = None,
+    redo: Redo = False,
+) -> None:
+    """Write the report of an experiment, or compare finished runs."""
+    runs, overrides = _runs_and_overrides(arguments or [], config, out, redo)
+    if config is not None:
+        _run("report", config, overrides, False, redo)
+        return
+    from eval.runs_compared import compare_runs
+    print(compare_runs(runs, out))
+
+
+def _runs_and_overrides(arguments: list[str], config: Path | None, out: Path | None, redo: bool
+                        ) -> tuple[list[Path], list[str]]:
+    """What `recap report` was given: folders hold no `=`. `UserError` where it is for neither of its two uses."""
+    runs, overrides = [Path(each) for each in arguments if "=" not in each], [each for each in arguments if "=" in each]
+    if config is None and not arguments:
+        raise UserError("report: of what? give -c FILE for one experiment, or folders of finished runs to compare")
+    if config is None and overrides:
+        raise UserError(f"report: {overrides[0]} overrides a file's value, and no file was named: give -c FILE, or "
+                        "folders of finished runs alone")
+    if config is not None and runs:
+        raise UserError(f"report: {runs[0]} is a folder of a run to compare, and -c {config} writes one experiment's "
+                        "report: give one of them")
+    if config is not None and out is not None:
+        raise UserError("report: --out is for compared runs, and -c writes into its run's own folder: leave --out away")
+    if config is None and redo:
+        raise UserError("report: --redo is for an experiment's own report: give -c FILE, or leave it away")
+    return runs, overrides
 
 
 def _run(verb: str | None, config: Path, overrides: list[str] | None, dry_run: bool, redo: bool,

@@ -14,13 +14,25 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from eval.beside import find_beside
-from eval.config import Ablate, Compare, Evaluate, Generate, Report
-from eval.judge import find_judge
+from eval.config import (
+    NETWORKS,
+    NO_CLIP,
+    Ablate,
+    Compare,
+    Detector,
+    Evaluate,
+    Features,
+    Generate,
+    JudgeRef,
+    Report,
+    Vqa,
+)
+from eval.judge import JUDGES, find_judge
 from eval.prompts import prompt_inputs, prompt_sets
 from eval.scores import check_sets, headline_sets
 from recap import pretrained, progress
@@ -150,6 +162,17 @@ class Inputs:
         return [found.get(url) or identity(url) for url in self.urls]
 
 
+@dataclass(frozen=True)
+class SweepPoint:
+    """One value more of one setting, for a curve: `generate.sweep`."""
+
+    arm: str
+    kind: Literal["guidance_scale", "num_inference_steps", "train_steps"]
+    value: float
+    generate: Stage
+    evaluate: Stage
+
+
 def run(exp: Experiment, verb: str | None = None, redo: bool = False, go_on: bool = False) -> None:
     """Do what is not yet done: every stage, or those of one verb.
 
@@ -166,10 +189,10 @@ def run(exp: Experiment, verb: str | None = None, redo: bool = False, go_on: boo
     if not chosen:
         raise UserError("nothing to encode: set train.cache_latents=true, and train an arm" if verb == "latents" else
                         f"nothing to {verb}: this experiment names that stage's result itself")
-    several = {"finetune", "relabel", "latents", "train"}
-    if progress.num_processes() > 1 and (redo or {stage.verb for stage in chosen} - several):
-        raise UserError("only `recap finetune`, `recap relabel`, `recap latents` and `recap train`, without --redo, "
-                        "run in several processes: run the rest in one, before or after")
+    several = ("finetune", "relabel", "latents", "train", "generate", "evaluate")
+    if progress.num_processes() > 1 and (redo or {stage.verb for stage in chosen}.difference(several)):
+        raise UserError(f"only {', '.join(f'`recap {each}`' for each in several)}, without --redo, run in several "
+                        "processes: run the rest in one, before or after")
     for stage in chosen:
         stage.dir  # noqa: B018  (what is missing is said now, not after hours of the stages before)
     with lock(Path(exp.runs) / exp.name):
@@ -273,6 +296,7 @@ class Plan:
         looks = _upstream(stitch.needs) if stitch else []
         found = [*looks, *(stage for stage in (stitch, finetune, relabel, latents, reference) if stage)]
         scored: list[tuple[int, str, Stage, Stage]] = []
+        swept: list[SweepPoint] = []
         for seed in exp.seeds:
             for arm in exp.arms:
                 if arm not in trained and seed != exp.seeds[0]:
@@ -282,7 +306,10 @@ class Plan:
                 evaluate = self.evaluate(seed, arm, generate, reference)
                 found += [stage for stage in (train, generate, evaluate) if stage]
                 scored.append((seed, arm, generate, evaluate))
-        return [*found, self.report(stitch, finetune, relabel, scored)]
+                points = self.sweep_points(arm, train, reference) if seed == exp.seeds[0] else []
+                found += [stage for point in points for stage in (point.generate, point.evaluate)]
+                swept += points
+        return [*found, self.report(stitch, finetune, relabel, scored, swept)]
 
     def look(self, expert: str) -> Stage:
         """What one expert sees in the images to stitch captions of, whatever experts there are beside it."""
@@ -413,46 +440,98 @@ class Plan:
         return self._stage("train", f"seed-{seed}/train/{arm}", "train_t2i.train:run", [relabel, latents], reads,
                            arguments)
 
-    def generate(self, seed: int, arm: str, train: Stage | None) -> Stage:
+    def generate(self, seed: int, arm: str, train: Stage | None, folder: str | None = None, step: int | None = None,
+                 **values: Any) -> Stage:
+        """What an arm draws; for a point of a sweep, with a folder, a step of its training, or values of its own."""
         exp = self.exp
-        config = exp.generate.model_copy(update={"guidance_scale": self._guidance(arm)})
-        pipeline = Model(model=str(train.path / "pipeline")) if train else _model(exp.train)
-        return self._stage("generate", f"seed-{seed}/generate/{arm}", "eval.generate:run", [train], lambda: {
-            "generate": config, "prompts": [identity(path) for path in prompt_inputs(config)],
-            "pipeline": train.dir.fingerprint if train else _checkpoint(exp.train, "train"),
-        }, lambda: (pipeline, "train", config, arm, self.device))
+        config = exp.generate.model_copy(update={"guidance_scale": self._guidance(arm), **values})
+        pipeline = Model(model=str(_pipeline(train, step))) if train else _model(exp.train)
+
+        def reads() -> dict[str, Any]:
+            if train and step is not None:
+                self._check_snapshot(train, step)
+            return {"generate": config.own(), "prompts": [identity(path) for path in prompt_inputs(config)],
+                    "pipeline": train.dir.fingerprint if train else _checkpoint(exp.train, "train"),
+                    **({} if step is None else {"step": step})}
+
+        return self._stage("generate", folder or f"seed-{seed}/generate/{arm}", "eval.generate:run", [train], reads,
+                           lambda: (pipeline, "train", config, arm, self.device))
+
+    def _check_snapshot(self, train: Stage, step: int) -> None:
+        """Refuse a step of which no snapshot is there, or will be."""
+        config, where = self.exp.train, f"generate.sweep.train_steps: {step}"
+        if config.snapshot_every is None or step % config.snapshot_every or step > config.steps:
+            kept = "keeps none" if config.snapshot_every is None else \
+                f"keeps one every {config.snapshot_every} of {config.steps} steps"
+            raise UserError(f"{where}: the training {kept}: set train.snapshot_every, or name other steps")
+        if train.dir.state() == "done" and not _pipeline(train, step).is_dir():
+            raise UserError(f"{where}: the training is done, and there is no {_pipeline(train, step)}: name steps of "
+                            "which there is one")
+
+    def sweep_points(self, arm: str, train: Stage | None, reference: Stage) -> list[SweepPoint]:
+        """The points of an arm's curves. The base has none over training steps."""
+        sweep, seed = self.exp.generate.sweep, self.exp.seeds[0]
+        if sweep is None:
+            return []
+        num_prompts = {"num_prompts": sweep.num_prompts or self.exp.generate.num_prompts}
+
+        def point(kind: Any, value: float, name: str, step: int | None = None, **values: Any) -> SweepPoint:
+            folder = f"seed-{seed}/sweep/{arm}/{name}"
+            generate = self.generate(seed, arm, train, f"{folder}/generate", step, **num_prompts, **values)
+            return SweepPoint(arm, kind, value, generate,
+                              self.evaluate(seed, arm, generate, reference, f"{folder}/eval"))
+
+        return [*(point("guidance_scale", value, f"guidance-{str(value).removesuffix('.0')}", guidance_scale=value)
+                  for value in sweep.guidance_scale),
+                *(point("num_inference_steps", value, f"steps-{value}", num_inference_steps=value)
+                  for value in sweep.num_inference_steps),
+                *(point("train_steps", value, f"train-{value:07d}", value)
+                  for value in sweep.train_steps if train)]
 
     def _guidance(self, arm: str) -> float:
         own = self.exp.arm[arm].guidance_scale
         return self.exp.generate.guidance_scale if own is None else own
 
-    def reference(self) -> Stage:
+    def reference(self, folder: str = "reference") -> Stage:
+        """What distances need of the real images; as `recap reference DIR` keeps it, in the run's own folder."""
         config = self.exp.evaluate
         inputs = Inputs(config.reference, "evaluate.reference")
-        return self._stage("reference", "reference", "eval.evaluate:reference", [], lambda: {
-            "features": config.features, "inputs": inputs.identity,
-            "checkpoint": _checkpoint(config.features, "evaluate.features"),
-        }, lambda: (config, self.device))
-
-    def evaluate(self, seed: int, arm: str, generate: Stage, reference: Stage) -> Stage:
-        config = self.exp.evaluate
+        networks = {name: getattr(config, name) for name in NETWORKS if getattr(config, name) is not None}
 
         def reads() -> dict[str, Any]:
-            return {"evaluate": config, "images": generate.dir.fingerprint, "reference": reference.dir.fingerprint,
-                    "checkpoint": _checkpoint(config.clip_score, "evaluate.clip_score"),
-                    "judge": find_judge(config.judge) if config.judge else None,
-                    "sets": headline_sets(config.sets, prompt_sets(self.exp.generate))}
+            return {"networks": networks, "inputs": inputs.identity,
+                    "checkpoints": {name: gauge_checkpoint(name, config) for name in networks}}
 
-        return self._stage("evaluate", f"seed-{seed}/eval/{arm}", "eval.evaluate:run", [generate, reference], reads,
-                           lambda: (generate.path, reference.path / "reference.npz", config, self.device))
+        return self._stage("reference", folder, "eval.evaluate:reference", [], reads, lambda: (
+            config, self.root / "measured" / "reference", reads()["checkpoints"], self.device))
+
+    def evaluate(self, seed: int, arm: str, generate: Stage, reference: Stage, folder: str | None = None) -> Stage:
+        config, path = self.exp.evaluate, folder or f"seed-{seed}/eval/{arm}"
+
+        def checkpoints() -> dict[str, Any]:
+            return {name: gauge_checkpoint(name, config) for name in (*NETWORKS, "clip_score", *JUDGES)
+                    if getattr(config, name) is not None}
+
+        def reads() -> dict[str, Any]:
+            return {"evaluate": config.own(), "images": generate.dir.fingerprint,
+                    "reference": reference.dir.fingerprint, "checkpoints": checkpoints(),
+                    "sets": self.headline_sets()}
+
+        return self._stage("evaluate", path, "eval.evaluate:run", [generate, reference], reads, lambda: (
+            generate.path, reference.path, config, self.root / "measured" / path, checkpoints(),
+            self.exp.generate.keep, self.device))
+
+    def headline_sets(self) -> list[str] | None:
+        """The prompt sets of the headline figures; none of such a name is said now."""
+        return headline_sets(self.exp.evaluate.sets, prompt_sets(self.exp.generate))
 
     def report(self, stitch: Stage | None, finetune: Stage | None, relabel: Stage | None,
-               scored: list[tuple[int, str, Stage, Stage]]) -> Stage:
+               scored: list[tuple[int, str, Stage, Stage]], swept: list[SweepPoint]) -> Stage:
         exp = self.exp
         reference = Inputs(exp.evaluate.reference, "evaluate.reference")
 
         def content() -> tuple[Any, ...]:
-            from eval.report import ReportInput, Run
+            from eval.report import Point, ReportInput, Run
             looks = {f"look, {look.path.name}": look for look in _upstream(stitch.needs)} if stitch else {}
             before = {**looks, "stitch": stitch, "finetune": finetune, "relabel": relabel}
             return ReportInput(
@@ -461,8 +540,10 @@ class Plan:
                 counts={name: stage.dir.result() for name, stage in before.items() if stage},
                 relabelled=self.relabelled() if relabel and exp.relabel.format == "shards" else [],
                 environment=environment(), stitched=_written(stitch), reference=_shards_only(reference),
-                statistics=self.root / "reference" / "reference.npz", judge=exp.evaluate.judge, device=self.device,
+                judge=exp.evaluate.judge, clip=exp.evaluate.clip_score, device=self.device,
                 guidance={arm: self._guidance(arm) for arm in exp.arms},
+                swept=[Point(each.arm, each.kind, each.value, Run(
+                    exp.seeds[0], each.arm, each.generate.path, each.evaluate.path).metrics) for each in swept],
                 seconds={_label(exp, stage): stage.dir.result()["seconds"] for stage in _upstream(evaluates)},
             ), exp.report
 
@@ -472,7 +553,7 @@ class Plan:
                     "relabel": relabel.dir.fingerprint if relabel else None,
                     "beside": find_beside(exp.report.beside) if exp.report.beside else None}
 
-        evaluates = [stage for *_, stage in scored]
+        evaluates = [*(stage for *_, stage in scored), *(point.evaluate for point in swept)]
         return self._stage("report", "report", "eval.report:run", evaluates, reads, content)
 
     def _stage(self, verb: str, folder: str, target: str, needs: Iterable[Stage | None],
@@ -496,6 +577,11 @@ class Plan:
         return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _pipeline(train: Stage, step: int | None) -> Path:
+    """The diffusers folder that a training wrote at its end, or kept of a step."""
+    return train.path / "pipeline" if step is None else train.path / "snapshots" / f"{step:07d}" / "pipeline"
+
+
 def _model(ref: Model) -> Model:
     return Model(model=ref.model, revision=ref.revision)
 
@@ -504,6 +590,31 @@ def _checkpoint(ref: Model, where: str) -> Any:
     """Identity of a checkpoint; one line now, not hours later, where its folder is not there."""
     pretrained.find_local(ref, where)
     return pretrained.identity(ref)
+
+
+def gauge_checkpoint(name: str, config: Evaluate) -> Any:
+    """Identity of the weights of what a table of `[evaluate]` names."""
+    table, where = getattr(config, name), f"evaluate.{name}"
+    if isinstance(table, JudgeRef):
+        return find_judge(table)
+    if isinstance(table, Features):
+        return _network_files(table, where)
+    found = {"model": _checkpoint(table, where)}
+    if isinstance(table, Detector) and table.clip.model != NO_CLIP:
+        found["clip"] = _checkpoint(table.clip, f"{where}.clip")
+    if isinstance(table, Vqa) and table.questions:
+        found["questions"] = identity(table.questions)
+    return found
+
+
+def _network_files(table: Features, where: str) -> Any:
+    if table.weights or table.model.startswith("clean-fid:"):
+        file = Path(table.weights or table.model.removeprefix("clean-fid:")).expanduser()
+        if not file.is_file():
+            raise UserError(f"{where}: no file at {file}: check the path")
+        return identity(str(file))
+    is_name = table.model == "clean-fid" or table.model.startswith("torchvision:")
+    return table.model if is_name else _checkpoint(table, where)
 
 
 def _vae(ref: Model) -> Any:

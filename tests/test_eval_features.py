@@ -1,19 +1,26 @@
+import os
 import shutil
 from pathlib import Path
 
+import cleanfid.fid
 import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
+from cleanfid.inception_torchscript import InceptionV3W
 from cleanfid.resize import build_resizer
+from inception import random_inception
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from eval.clip_score import ClipScorer
 from eval.config import Features
-from eval.features import FeatureNetwork, features, iterate_images, open_network
+from eval.features import IMAGENET_MEAN, IMAGENET_STD, FeatureNetwork, features, open_network
+from eval.fid import frechet_distance, statistics
+from eval.mmd import unit
 from recap.errors import UserError
-from recap.sample import Sample
-from recap.shards import Reject, ShardWriter
+from recap.shards import read_shard
 from recap.timm_features import clean_resizer
 
 
@@ -87,39 +94,116 @@ def test_clean_fid_without_its_weights_is_one_line(monkeypatch: pytest.MonkeyPat
         pytest.skip("clean-fid's weights are on this machine")
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(UserError, match="clean-fid cannot fetch or open") as caught:
+    with pytest.raises(UserError, match="cannot fetch or open clean-fid's Inception") as caught:
         open_network(Features(), "evaluate.features", "cpu")
     assert "\n" not in str(caught.value)
 
 
-def test_images_of_a_folder_and_of_shards(tmp_path: Path, shared_data: Path) -> None:
-    folder = tmp_path / "images"
-    (folder / "below").mkdir(parents=True)
-    for index, name in enumerate(["b.png", "a.webp", "below/c.JPG"]):
-        Image.new("RGB", (10 + index, 10)).save(folder / name)
-    (folder / "notes.txt").write_text("no image")
-    sizes = [image.width for image in iterate_images(str(folder), "evaluate.reference", [])]
-    assert sizes == [11, 10, 12]
-    (folder / "a.webp").write_bytes((folder / "a.webp").read_bytes()[:20])
-    with pytest.raises(UserError, match=r"a\.webp is not a whole image"):
-        list(iterate_images(str(folder), "evaluate.reference", []))
-    rejects: list[Reject] = []
-    photos = shared_data / "photos" / "coco-open-00000.tar"
-    assert len(list(iterate_images(str(photos), "evaluate.reference", rejects))) == 51 and not rejects
+# --- clean-fid's Inception, of random weights, in the file format of the real one -----------------------------------
 
 
-def test_a_broken_image_in_a_shard_is_counted(tmp_path: Path) -> None:
-    with ShardWriter(str(tmp_path / "0.tar")) as writer:
-        writer.write(Sample("0", "a", {"jpg": b"no image"}))
-        writer.write(Sample("0", "b", {"txt": b"no image at all"}))
-    rejects: list[Reject] = []
-    assert list(iterate_images([str(tmp_path / "0.tar")], "evaluate.reference", rejects)) == []
-    assert [reject.reason for reject in rejects] == ["undecodable_image", "missing_image"]
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("inception") / "inception-2015-12-05.pt"
+    random_inception(path)
+    return path
 
 
-def test_no_images(tmp_path: Path) -> None:
-    cases: list[tuple[str | list[str], str]] = [
-        (str(tmp_path), "no image"), ([], "is empty"), (str(tmp_path / "none.tar"), "check the path")]
-    for source, says in cases:
-        with pytest.raises(UserError, match=says):
-            list(iterate_images(source, "evaluate.reference", []))
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_inception_is_clean_fids(inception: Path, shared_data: Path, tmp_path: Path) -> None:
+    """Features of real photos, and with them FID, as clean-fid itself has it from the same weights."""
+    samples = list(read_shard(str(shared_data / "photos" / "coco-open-00000.tar"), []))[:12]
+    for index, sample in enumerate(samples):
+        sample.image().save(tmp_path / f"{index:02d}.png")
+    theirs = cleanfid.fid.get_folder_features(
+        str(tmp_path), InceptionV3W(str(inception.parent), download=False), num_workers=0, batch_size=6,
+        device=torch.device("cpu"), mode="clean", verbose=False)
+    ours = features([sample.image() for sample in samples],
+                    open_network(Features(model=f"clean-fid:{inception}"), "evaluate.features", "cpu"), 5)
+    assert ours.shape == (12, 2048)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
+    fids = [frechet_distance(statistics(each[:6]), statistics(each[6:])) for each in (ours, theirs)]
+    assert fids[0] == pytest.approx(fids[1], rel=1e-3)
+
+
+def test_inception_of_another_file_has_another_name(inception: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.pt"
+    other.write_bytes(inception.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"cannot fetch or open clean-fid's Inception") as caught:
+        open_network(Features(model=f"clean-fid:{other}"), "evaluate.features", "cpu")
+    assert "\n" not in str(caught.value)
+    name = open_network(Features(model=f"clean-fid:{inception}"), "evaluate.features", "cpu").name
+    assert name.startswith("clean-fid inception-2015-12-05 ") and len(name.split()[-1]) == 16
+
+
+# --- other networks ------------------------------------------------------------------------------------------------
+
+
+def test_an_open_clip_encoder(world_models: Path) -> None:
+    ref = Features(model=f"local-dir:{world_models / 'clip'}")
+    network = open_network(ref, "evaluate.cmmd", "cpu")
+    images = [Image.fromarray(pixels(seed, 32, 32)) for seed in range(3)]
+    scorer = ClipScorer(ref.model, "cpu")
+    assert network.size == (32, 32) and network.name == f"open_clip {scorer.version}"
+    np.testing.assert_allclose(unit(features(images, network, 2)), scorer.embed_images(images), atol=1e-5)
+
+
+def test_a_torchvision_network_from_a_file(tmp_path: Path) -> None:
+    model = torchvision.models.resnet18(weights=None).eval()
+    image = pixels(0, 224, 224)
+    expected = {}
+    for suffix, write in ((".pth", torch.save), (".safetensors", save_file)):
+        write(model.state_dict(), tmp_path / f"weights{suffix}")
+        network = open_network(Features(model="torchvision:resnet18", weights=str(tmp_path / f"weights{suffix}")),
+                               "evaluate.features", "cpu")
+        expected[suffix] = features([image], network, 1)
+    model.fc = torch.nn.Identity()
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        direct = model((torch.from_numpy(image).permute(2, 0, 1)[None] / 255 - mean) / std)
+    np.testing.assert_allclose(expected[".pth"], direct, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(expected[".pth"], expected[".safetensors"])
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize(("ref", "says"), [
+    (Features(model="torchvision:resnet18"), "evaluate.features.weights: name the file"),
+    (Features(model="torchvision:resnet18", weights="none.pth"), "cannot open torchvision:resnet18 with none.pth"),
+    (Features(model="torchvision:resnet999", weights="evil.pth"), "cannot open torchvision:resnet999"),
+    (Features(model="torchvision:resnet18", weights="evil.pth"), "cannot open torchvision:resnet18 with evil.pth"),
+    (Features(model="x", target="no_such_module:Network"), "evaluate.features.target: cannot open no_such_module"),
+    (Features(model="x", target="eval.features:FeatureNetwork"), "evaluate.features.target: cannot open"),
+])
+def test_networks_that_cannot_be_opened(ref: Features, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                        ) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(Evil(), "evil.pth")
+    with pytest.raises(UserError) as caught:
+        open_network(ref, "evaluate.features", "cpu")
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert not Path("ran").exists()
+
+
+def test_a_network_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_network.py").write_text(
+        "from eval.features import FeatureNetwork\n"
+        "class Mean:\n"
+        "    @staticmethod\n"
+        "    def open(folder, device):\n"
+        "        return FeatureNetwork('means of ' + folder, (8, 8), 3, lambda x: x.mean(dim=(2, 3)))\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    network = open_network(Features(model="here", target="own_network:Mean"), "evaluate.features", "cpu")
+    found = features([np.full((20, 20, 3), 51, dtype=np.uint8)], network, 4)
+    np.testing.assert_allclose(found, [[51, 51, 51]], rtol=1e-6)
+    assert network.name == "means of here"
+
+
+@pytest.mark.parametrize("image", [np.zeros((8, 8, 3)), np.zeros((8, 8), dtype=np.uint8),
+                                   np.zeros((3, 8, 8), dtype=np.uint8)])
+def test_arrays_that_are_no_images_are_refused(network: FeatureNetwork, image: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="an image is an array"):
+        features([image], network, 1)

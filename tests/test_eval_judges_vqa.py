@@ -333,7 +333,7 @@ def test_prompts_without_questions_are_counted(tmp_path: Path, capsys: pytest.Ca
     assert "evaluate.vqa.questions" in said and "asks nothing about 2 of 3 prompts, 'a wall' first" in said
     check(Vqa(), [Prompt("a wall")])
     (tmp_path / "q.json").write_text("[]")
-    with pytest.raises(UserError, match="q.json"):
+    with pytest.raises(UserError, match=r"q\.json"):
         check(table, [Prompt("a field")])
 
 

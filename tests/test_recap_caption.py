@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from conftest import recap_here
 
-from recap.caption import OVERRIDE, _lines, tell_apart
+from recap.caption import _lines, tell_apart
 from recap.captioners import open_captioner
 from recap.captioners.text import Caption
-from recap.config import Style
+from recap.config import OVERRIDE, Style
 from recap.config.captioner import Captioner
 from recap.sample import decode_image
 from recap.shards import read_shard

@@ -59,9 +59,16 @@ def members(shard: Path) -> dict[str, bytes]:
 
 def test_every_stage_leaves_its_folder_and_the_report(finished: Path) -> None:
     stages = {str(done.parent.relative_to(finished)) for done in finished.rglob("done.json")}
-    assert stages == {"facts/detr", "stitch", "captioner", "relabel", "reference", "report", "seed-0/train/alt",
-                      "seed-0/train/mix",
-                      *(f"seed-0/{stage}/{arm}" for stage in ("generate", "eval") for arm in ("base", "alt", "mix"))}
+    measured = {stage for stage in stages if stage.startswith("measured/")}
+    assert measured == {"measured/reference/features", *(
+        f"measured/seed-0/eval/{arm}/{gauge}" for arm in ("base", "alt", "mix")
+        for gauge in ("features", "clip_score", "judge"))}
+    assert stages - measured == {"facts/detr", "stitch", "captioner", "relabel", "reference", "report",
+                                 "seed-0/train/alt", "seed-0/train/mix", *(
+                                     f"seed-0/{stage}/{arm}" for stage in ("generate", "eval")
+                                     for arm in ("base", "alt", "mix"))}
+    assert {path.name for path in (finished / "report").iterdir()} >= {"index.html", "report.json", "table.md",
+                                                                       "metrics.csv", "comparisons.csv"}
     report = json.loads((finished / "report" / "report.json").read_text())
     assert [(run["seed"], run["arm"]) for run in report["runs"]] == [(0, "base"), (0, "alt"), (0, "mix")]
     assert report["counts"]["relabel"]["images_in"] == report["counts"]["relabel"]["images_out"] == 48
@@ -237,7 +244,7 @@ def changed(before: dict[str, str], after: Plan) -> set[str]:
 def test_an_arms_guidance_is_of_its_pictures_and_not_of_its_training(tmp_path: Path) -> None:
     after = plan(tmp_path, arm={"mix": {"guidance_scale": 4}})
     assert changed(fingerprints(plan(tmp_path)), after) == {"seed-0/generate/mix", "seed-0/eval/mix", "report"}
-    scales = {stage.path.name: stage.reads()["generate"].guidance_scale for stage in after.stages()
+    scales = {stage.path.name: stage.reads()["generate"]["guidance_scale"] for stage in after.stages()
               if stage.verb == "generate"}
     assert scales == {"alt": 7.5, "mix": 4}
 

@@ -5,6 +5,7 @@ A table is a pydantic model: recap's own are below and in the files beside this 
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,10 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 """The same, where a dot may stand as well: `v1.2`."""
+
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
+"""How `captioner.tuned=none` begins, and the name of nothing that is there."""
 
 
 class Table(BaseModel):
@@ -77,18 +82,30 @@ DEFAULT_STYLES = {
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, overrides: Iterable[str], model: type[T]) -> T:
-    """Read an experiment file, apply `a.b=c` overrides, and check it whole."""
+def load(path: Path | None, overrides: Iterable[str], model: type[T], **values: Any) -> T:
+    """Read an experiment file, if there is one, apply `a.b=c` overrides and other values, and check it whole."""
+    content = _read(path) if path else {}
+    for override in overrides:
+        _set(content, override)
+    content |= values
+    content.setdefault("name", path.stem if path else "recap")
+    return validate(content, model, str(path or "the command line"))
+
+
+def tell_apart(arguments: Iterable[str]) -> tuple[list[str], list[str]]:
+    """What was given on the command line → paths or the like, and values that override the file's."""
+    given = list(arguments)
+    overrides = [each for each in given if OVERRIDE.match(each) and not Path(each).exists()]
+    return [each for each in given if each not in overrides], overrides
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no experiment file at {path}: see configs/ for those that come with recap") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
         raise UserError(f"{path} is not a TOML file: {error}") from None
-    for override in overrides:
-        _set(content, override)
-    content.setdefault("name", path.stem)
-    return validate(content, model, str(path))
 
 
 def validate(content: dict[str, Any], model: type[T], where: str) -> T:
