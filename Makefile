@@ -41,10 +41,11 @@ test: $(READY)  ## The quick tests: under 10 minutes
 test-full: $(READY)  ## All tests, with kills, browsers, servers and long runs: under 60 minutes
 	@$(PYTEST)
 
-bench: $(READY)  ## Images/s of fine-tuning, relabelling and training against the plain procedures, in one run each
+bench: $(READY)  ## Images/s of fine-tuning, relabelling, training and evaluating against their peers, in one run each
 	@$(BIN)/python tests/benchmarks/finetune.py
 	@$(BIN)/python tests/benchmarks/relabel.py
 	@$(BIN)/python tests/benchmarks/train.py
+	@$(BIN)/python tests/benchmarks/evaluate.py
 
 check: $(READY)  ## Lint and check the types
 	@$(BIN)/ruff check .

@@ -98,7 +98,7 @@ def _rows(given: GivenFolder, prompts: list[Prompt]) -> list[dict[str, Any]]:
     places = _by_id(given, prompts) or _by_number(given, len(prompts))
     if places is None:
         raise UserError(f"{WHERE}: cannot tell which image of {given.path} ({given.names[0]} first) is of which "
-                        "prompt: name them by the prompts' numbers, 00000.png of the first one, or by the id in their rows")
+                        "prompt: name them by the numbers of the prompts, 00000.png of the first, or by their ids")
     _check_whole(given, places, prompts)
     ordered = sorted(zip(places, given.names, given.files, strict=True))
     return [{"prompt": prompts[place].text, "set": prompts[place].set, "about": prompts[place].about,
