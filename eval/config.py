@@ -124,6 +124,8 @@ class Features(Model):
     """`clean-fid`: its Inception-v3, or `clean-fid:FILE`, the same from a file of your own. `hf-hub:ID`,
     `local-dir:FOLDER` or a folder: a timm model, or an open_clip model's image encoder. `torchvision:NAME`: with
     `weights`. With `target`, the folder that a network of your own is opened from."""
+    size: int | None = Field(None, ge=1)
+    """Side of a timm ViT's input in pixels, where that is not its own."""
     weights: str | None = None
     """Of `torchvision:NAME`: a file with its state dict, .pth or safetensors."""
     target: str | None = None
@@ -133,6 +135,8 @@ class Features(Model):
 
 class Dino(Features):
     model: str = "hf-hub:timm/vit_large_patch14_dinov2.lvd142m"
+    size: int | None = Field(224, ge=1)
+    """224, as FD-DINOv2 is published; the model itself is made for 518."""
 
 
 class Cmmd(Features):

@@ -77,7 +77,7 @@ def open_network(ref: Features, where: str, device: str) -> FeatureNetwork:
         return _open_inception(ref.model.partition(":")[2], where, device)
     if ref.model.startswith(TORCHVISION):
         return _open_torchvision(ref, where, device)
-    return load_pretrained(lambda folder: _open_folder(Path(folder), ref.model, device), ref, where)
+    return load_pretrained(lambda folder: _open_folder(Path(folder), ref, device), ref, where)
 
 
 def _open_inception(file: str, where: str, device: str) -> FeatureNetwork:
@@ -109,17 +109,17 @@ def _fetch_inception(path: Path) -> None:
         Path(check_download_inception(folder)).replace(path)
 
 
-def _open_folder(folder: Path, name: str, device: str) -> FeatureNetwork:
+def _open_folder(folder: Path, ref: Features, device: str) -> FeatureNetwork:
     if (folder / "open_clip_config.json").is_file():
         return _open_clip(folder, device)
-    return _open_timm(folder, name, device)
+    return _open_timm(folder, ref, device)
 
 
-def _open_timm(folder: Path, name: str, device: str) -> FeatureNetwork:
+def _open_timm(folder: Path, ref: Features, device: str) -> FeatureNetwork:
     """A timm model without its classifier; inputs normalised by its own mean and standard deviation."""
-    network = TimmFeatures(folder).to(device)
+    network = TimmFeatures(folder, ref.size).to(device)
     is_snapshot = folder.parent.name == "snapshots"
-    version = f"{name.removeprefix('hf-hub:')}@{folder.name}" if is_snapshot else hash_files(folder)
+    version = f"{ref.model.removeprefix('hf-hub:')}@{folder.name}" if is_snapshot else hash_files(folder)
     return FeatureNetwork(f"timm {network.architecture} {version}", network.size, network.dim,
                           lambda images: network(_as_input(images, device)))
 

@@ -24,21 +24,27 @@ class TimmFeatures(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, folder: Path) -> None:
-        """Open it, frozen; ValueError where it has no safetensors weights, or not one vector an image."""
+    def __init__(self, folder: Path, size: int | None = None) -> None:
+        """Open it, frozen; ValueError where it has no safetensors weights, or not one vector an image.
+
+        Args:
+            folder: of the model.
+            size: side of its input in pixels, where that is not its own: a ViT's positions are interpolated.
+        """
         super().__init__()
         if not (folder / "model.safetensors").is_file():
             raise ValueError(f"no model.safetensors in {folder} (pickled weights are not opened)")
         try:
             # With the checkpoint's own number of classes timm loads strictly: no layer can stay random unnoticed.
             empty: Any = timm.create_model(f"local-dir:{folder}")
-            num_classes = empty.pretrained_cfg["num_classes"]
-            self.network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=num_classes)
+            num_classes, sized = empty.pretrained_cfg["num_classes"], {} if size is None else {"img_size": size}
+            self.network: Any = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=num_classes,
+                                                  **sized)
         except (SafetensorError, TypeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
         self.network.reset_classifier(0)
         settings = resolve_model_data_config(self.network)
-        self.size: tuple[int, int] = settings["input_size"][1:]
+        self.size: tuple[int, int] = (size, size) if size else settings["input_size"][1:]
         self.resizer = clean_resizer(self.size)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(settings[name]).view(3, 1, 1))

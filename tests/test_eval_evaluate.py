@@ -145,7 +145,7 @@ def test_headline_figures_are_over_the_chosen_sets(drawn: Path, reference: Path,
 
 def test_several_networks_give_their_distances(drawn: Path, config: Evaluate, world_models: Path) -> None:
     clip = f"local-dir:{world_models / 'clip'}"
-    own = config.model_copy(update={"dinov2": Dino(model=config.features.model), "cmmd": Cmmd(model=clip)})
+    own = config.model_copy(update={"dinov2": Dino(model=config.features.model, size=None), "cmmd": Cmmd(model=clip)})
     refer(StageDir(drawn.parent / "reference", {}), own)
     metrics, _ = scored(drawn, drawn.parent / "reference", own)
     assert metrics["fd_dinov2"] == pytest.approx(metrics["fid"])

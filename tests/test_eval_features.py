@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from eval.clip_score import ClipScorer
-from eval.config import Features
+from eval.config import Dino, Features
 from eval.features import IMAGENET_MEAN, IMAGENET_STD, FeatureNetwork, features, open_network
 from eval.fid import frechet_distance, statistics
 from eval.mmd import unit
@@ -87,6 +87,21 @@ def test_a_classifier_is_dropped(tmp_path: Path) -> None:
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
     found = open_network(Features(model=f"local-dir:{tmp_path}"), "evaluate.features", "cpu")
     assert found.dim == model.num_features and found.name.startswith("timm resnet10t")
+
+
+def test_a_vit_is_opened_at_another_size(tmp_path: Path) -> None:
+    """As DINOv2 is for FD-DINOv2; its positions are timm's interpolation of its own."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=3).eval()
+    timm.models.save_for_hf(model, tmp_path, model_args={"img_size": 64}, safe_serialization=True)
+    own, other = (open_network(Dino(model=f"local-dir:{tmp_path}", size=size), "evaluate.dinov2", "cpu")
+                  for size in (None, 32))
+    image = Image.fromarray(pixels(0, 80, 80))
+    assert (own.size, other.size, other.dim) == ((64, 64), (32, 32), 192)
+    assert features([image], other, 1).shape == (1, 192) and own.resize != other.resize
+    with pytest.raises(UserError, match=r"evaluate\.features\.model: cannot load"):  # a CNN has no such thing
+        convolutions = timm.create_model("resnet10t", num_classes=7)
+        timm.models.save_for_hf(convolutions, tmp_path / "cnn", safe_serialization=True)
+        open_network(Features(model=f"local-dir:{tmp_path / 'cnn'}", size=32), "evaluate.features", "cpu")
 
 
 def test_clean_fid_without_its_weights_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
