@@ -198,7 +198,7 @@ def reference(
     = Path("runs/reference"),
     redo: Redo = False,
 ) -> None:
-    """Compute what distances need of real images: of an experiment's, or of IMAGES, to keep."""
+    """What FID and its like need of real images, computed once: of an experiment's, or of IMAGES."""
     from recap.config import load, tell_apart
     images, overrides = tell_apart(arguments or [])
     if not images:
@@ -225,7 +225,7 @@ def evaluate(
     = Path("runs/evaluation"),
     redo: Redo = False,
 ) -> None:
-    """Score what every arm of an experiment drew; or compare any images and pipelines, A with B and others."""
+    """Score an experiment's arms; or any images and pipelines, and compare them."""
     from recap.config import load, tell_apart
     places, overrides = tell_apart(arguments or [])
     named = [f"evaluate.reference={json.dumps(reference)}"] if reference else []
