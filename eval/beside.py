@@ -6,7 +6,7 @@
 (and `set_comparisons`), `base_models` as `recap pool` does; whatever else is there is passed over.
 """
 
-import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,8 +29,14 @@ def _numbers(metrics: Any) -> Any:
     """Metrics without what is no number; their `judges` are kept, as they name them."""
     if not isinstance(metrics, dict):
         return metrics
-    return {key: value for key, value in metrics.items() if key == "judges" or value is None
-            or (isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value))}
+    return {key: value for key, value in metrics.items() if key == "judges" or value is None or is_finite(value)}
+
+
+def is_finite(value: Any) -> bool:
+    """Of a number that a float can hold: JSON's integers may have any number of digits."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max  # not of NaN
 
 
 def _few_arms(runs: list["BesideRun"]) -> list["BesideRun"]:
@@ -40,6 +46,8 @@ def _few_arms(runs: list["BesideRun"]) -> list["BesideRun"]:
 
 
 def _usual_names(metrics: dict[str, Any]) -> dict[str, Any]:
+    if not measures_of(metrics):
+        raise ValueError("it has no metric that is known, such as fid or clip_score")
     if bad := [measure.key for measure in measures_of(metrics) if not METRIC.fullmatch(measure.key)]:
         raise ValueError(f"a metric is called {bad[0][:40]!r}, and names are like object_accuracy")
     return metrics

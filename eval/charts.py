@@ -191,8 +191,9 @@ class Room:
 
 
 def _axis(low: float, high: float, start: float, end: float) -> Axis:
-    """A scale a little wider than the values, with three to six round ticks on it."""
-    spread = (high - low) or abs(high) * 0.1 or 1.0
+    """A scale a little wider than the values, with three to seven round ticks on it."""
+    is_one = high - low <= 1e-9 * max(abs(low), abs(high))  # ties, but for rounding
+    spread = abs(high) * 0.1 or 1.0 if is_one else high - low
     low, high = low - 0.08 * spread, high + 0.08 * spread
     power = 10.0 ** math.floor(math.log10(high - low))
     step = next(step for factor in (5, 2, 1, 0.5, 0.2) if len(_multiples(step := power * factor, low, high)) >= 3)

@@ -24,6 +24,10 @@ TEXT_BATCH = 256
 # Up to a full stop (with what closes a quotation) before white space, a full stop of Chinese or Japanese, a line's end.
 _SENTENCE = re.compile(r""".+?(?:[.!?…]["'”’»)\]]*(?=\s)|[。！？]["'”’»」』)\]]*|\n|$)""", re.DOTALL)
 
+# What tokenizers take for the begin and the end of a text; what stands after an end would not be read.
+_MARK = re.compile(r"<\|?((?:start|end)_?of_?text)\|?>", re.IGNORECASE)
+AS_TEXT = r"< \1 >"
+
 
 class ClipScorer:
     """Scores pictures against texts.
@@ -97,6 +101,7 @@ class ClipScorer:
 
     def num_tokens(self, text: str) -> int:
         """Tokens of a text with its begin and end marks, uncut."""
+        text = _MARK.sub(AS_TEXT, text)
         from open_clip import SimpleTokenizer
         tokenizer: Any = self._tokenizer
         if isinstance(tokenizer, SimpleTokenizer):
@@ -133,6 +138,7 @@ class ClipScorer:
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> np.ndarray:
         """Embed texts, one vector each; what is over the context is cut. (N, D) float64, rows of length 1."""
+        texts = [_MARK.sub(AS_TEXT, text) for text in texts]
         batches = [texts[i:i + TEXT_BATCH] for i in range(0, len(texts), TEXT_BATCH)]
         return np.concatenate([_unit(self._model.encode_text(self._tokenizer(batch).to(self._device)))
                                for batch in batches])

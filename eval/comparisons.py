@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from eval.drawn import Drawn, read_list
+from eval.drawn import Drawn, clusters, read_list
 from eval.measures import CLIP_SCORE, DISTANCES, Measure, headline_measures, measures_of
 from eval.scores import Scores, check_sets
 from eval.statistics import (
@@ -70,8 +70,12 @@ class Run:
             raise self._unreadable("scores.json") from None
 
     def headline(self, metric: str) -> np.ndarray:
-        """Values of one metric, (N,), over the prompts of the headline sets; NaN for None."""
-        return self.scores.by_prompt(metric, self.metrics["headline_sets"])
+        """Values of one metric, (N,), over the prompts of the headline sets; NaN for None. Equal prompts are one."""
+        return self.scores.by_prompt(metric, self.metrics["headline_sets"], self._clusters)
+
+    @cached_property
+    def _clusters(self) -> list[int]:
+        return clusters(self.drawn)
 
     @cached_property
     def drawn(self) -> list[Drawn]:

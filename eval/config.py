@@ -90,7 +90,7 @@ class Generate(Table):
     num_images_per_prompt: int = Field(1, ge=1)
     batch_size: int = Field(8, ge=1)
     num_inference_steps: int = Field(50, ge=1)
-    guidance_scale: float = Field(7.5, ge=0)
+    guidance_scale: float = Field(7.5, ge=0, allow_inf_nan=False)
     """For the arms that have none of their own (`arm.NAME.guidance_scale`)."""
     seed: int = 0
     """Picture k of prompt i of a set is drawn from noise of (seed + k, i): the same for every arm, whatever the

@@ -57,7 +57,7 @@ def curves(found: Findings, swept: Sequence[Point], usual: Sequence[Point]) -> l
         usual: of each arm and setting the point with the value that everything else was drawn with. It joins the curve
             where it is of as many pictures, as an FID falls with their number.
     """
-    return [_curves(found, kind, own, _joined(own, [each for each in usual if each.kind == kind]))
+    return [_curves(found, kind, own, [each for each in usual if each.kind == kind])
             for kind in TITLES if (own := [each for each in swept if each.kind == kind])]
 
 
@@ -70,11 +70,12 @@ def _joined(swept: list[Point], usual: list[Point]) -> list[Point]:
     return sorted([*swept, *more], key=lambda each: each.value)
 
 
-def _curves(found: Findings, kind: Kind, swept: list[Point], points: list[Point]) -> Curves:
+def _curves(found: Findings, kind: Kind, swept: list[Point], usual: list[Point]) -> Curves:
     title, axis = TITLES[kind]
+    points = _joined(swept, usual)
     numbers = sorted({int(each.metrics.get("num_images", 0)) for each in swept})
     note = f"Of the first seed; {' or '.join(f'{number:,}' for number in numbers)} pictures a point."
-    if len(points) == len(swept):
+    if any(each.metrics.get("num_images") not in numbers for each in usual):
         note += " What all else on this page was drawn with is no point of these curves, as it is of more pictures."
     measures = found.headline
     charts = []

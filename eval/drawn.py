@@ -38,6 +38,8 @@ class Drawn:
     """Of its noise, where that is known."""
     file: Path | None = None
     """Where it lies, if that is elsewhere: the folder then holds no more than the list."""
+    is_paired: bool = True
+    """Whether another arm's picture of this place is known to belong to it."""
 
 
 def read_list(folder: Path) -> list[Drawn]:
@@ -67,7 +69,7 @@ def _drawn(row: dict[str, Any]) -> Drawn:
     prompt = Prompt(row["prompt"], row.get("set", "prompts"), row.get("about", {}))
     file = row.get("file")
     found = Drawn(row["index"], prompt, row.get("prompt_index", row["index"]), row.get("seed"),
-                  None if file is None else Path(file))
+                  None if file is None else Path(file), row.get("is_paired", True) is True)
     if not (isinstance(prompt.text, str) and isinstance(prompt.set, str) and isinstance(prompt.about, dict)
             and _is_count(found.index) and _is_count(found.prompt_index)
             and (found.seed is None or _is_count(found.seed))):
@@ -81,6 +83,15 @@ def _is_count(value: Any) -> bool:
 
 def _again(folder: Path) -> str:
     return f"delete {folder / 'done.json'}, and run `recap generate` again"
+
+
+def clusters(drawn: list[Drawn]) -> list[int]:
+    """Of each picture a number that it shares with those of the same prompt: by its set and text, as a prompt may stand
+    in a file twice; without a text, by the place of its prompt.
+    """
+    known: dict[Any, int] = {}
+    keys = ((each.prompt.set, each.prompt.text) if each.prompt.text else each.prompt_index for each in drawn)
+    return [known.setdefault(key, len(known)) for key in keys]
 
 
 def by_hash(drawn: list[Drawn]) -> list[Drawn]:
@@ -119,30 +130,44 @@ def shards(folder: Path) -> list[Path]:
     return found
 
 
-def pictures(shard: Path) -> Iterator[tuple[int, bytes]]:
-    """Index and PNG of each picture of a shard, in their order. UserError where the shard is damaged."""
+def pictures(shard: Path, drawn: list[Drawn] | None = None) -> Iterator[tuple[int, bytes]]:
+    """Index and PNG of each picture of a shard, in their order.
+
+    Args:
+        shard: one of `shards`.
+        drawn: its folder's list, where that is read already.
+
+    Raises:
+        UserError: the shard is damaged, or does not hold the pictures that it should, one after the other.
+    """
     if found := LOOSE_SHARD.fullmatch(shard.name):
-        for each in read_list(shard.parent)[int(found[1]):int(found[2])]:
+        for each in (drawn or read_list(shard.parent))[int(found[1]):int(found[2])]:
             yield each.index, (each.file or loose_path(shard.parent, each.index)).read_bytes()
         return
+    counts = _counts(shard.parent)
+    first = sum(count for path, count in counts.items() if path.name < shard.name)
     rejects: list[Reject] = []
+    num = 0
     for sample in read_shard(str(shard), rejects):
         if "png" in sample.members and sample.key.isdecimal():
-            yield int(sample.key), sample.members["png"]
-    if rejects:
-        raise UserError(f"{shard} is damaged ({rejects[0].reason}): delete it, and {_again(shard.parent)}")
+            if int(sample.key) != first + num:
+                raise _damaged(shard, f"picture {int(sample.key)} stands where {first + num} should")
+            yield first + num, sample.members["png"]
+            num += 1
+    if rejects or num != counts[shard]:
+        raise _damaged(shard, rejects[0].reason if rejects else f"{num} pictures, not {counts[shard]}")
+
+
+def _damaged(shard: Path, why: str) -> UserError:
+    return UserError(f"{shard} is damaged ({why}): delete it, and {_again(shard.parent)}")
 
 
 def iterate(folder: Path) -> Iterator[tuple[Drawn, bytes]]:
     """Every picture, with what it was drawn from."""
-    drawn = iter(read_list(folder))
+    drawn = read_list(folder)
     for shard in shards(folder):
-        for index, png in pictures(shard):
-            each = next(drawn, None)
-            if each is None or each.index != index:
-                raise UserError(f"{shard} is damaged, picture {index} is not in its place: delete it, and "
-                                f"{_again(folder)}")
-            yield each, png
+        for index, png in pictures(shard, drawn):
+            yield drawn[index], png
 
 
 def picture(folder: Path, index: int) -> bytes | None:

@@ -8,14 +8,14 @@ import numpy as np
 
 from eval.config import NETWORKS, Evaluate
 from eval.distances import FRECHET, KEYS, distances
-from eval.drawn import Drawn, read_list
+from eval.drawn import Drawn, clusters, read_list
 from eval.gauges import gauges
 from eval.generate import forget
 from eval.images import DrawnImages, RealImages
 from eval.judge import JUDGES, check_prompts
 from eval.measure import Measured, measure
 from eval.pseudovalues import Distance
-from eval.reference import AGAIN, Reference, is_kept, load, of_features, save
+from eval.reference import AGAIN, Reference, kept, load, of_features, save
 from eval.scores import Scores, headline_sets
 from recap import progress
 from recap.errors import UserError
@@ -39,8 +39,8 @@ def reference(stage: StageDir, config: Evaluate, measured: Path, checkpoints: di
     Returns:
         `num_images`, `features` (the network's name), and `excluded`: reason → images that could not be used.
     """
-    if isinstance(config.reference, str) and is_kept(config.reference):
-        return _adopted(stage, config)
+    if isinstance(config.reference, str) and (folder := kept(config.reference)):
+        return _adopted(stage, folder, config)
     images = RealImages(config.reference, WHERE)
     result: dict[str, Any] = {}
     for table in gauges(config, with_prompts=False):
@@ -60,11 +60,11 @@ def reference(stage: StageDir, config: Evaluate, measured: Path, checkpoints: di
     return result
 
 
-def _adopted(stage: StageDir, config: Evaluate) -> dict[str, Any]:
+def _adopted(stage: StageDir, folder: Path, config: Evaluate) -> dict[str, Any]:
     """What `recap reference` wrote before, taken over."""
     result: dict[str, Any] = {}
     for table in gauges(config, with_prompts=False):
-        found = load(Path(str(config.reference)) / f"{table}.npz")
+        found = load(folder / f"{table}.npz")
         save(stage.path / f"{table}.npz", found)
         result = result or {"num_images": found.num, "features": found.about.get("network"),
                             "excluded": found.about.get("excluded", {})}
@@ -91,7 +91,7 @@ def run(stage: StageDir, images: Path, reference: Path, config: Evaluate, measur
         The metrics. Over the headline sets: the distances, `fid_infinity` (FID of endless images), `clip_score` and the
         judges' metrics (means over the prompts asked), `num_images`, `num_prompts`. For every set the same but
         distances, in `sets`. `distances`: of each, its network and what is to be known of it. And `num_reference`,
-        `clip_truncated` (pictures whose prompt loses tokens even by sentence), `clip_model`, `judges`,
+        `clip_truncated` (prompts that lose tokens even by sentence), `clip_model`, `judges`,
         `headline_sets`, `resolutions` (`512×512` → pictures), and `is_paired`: whether those of another arm's pictures
         are known that belong to these.
     """
@@ -126,8 +126,9 @@ def figures(drawn: list[Drawn], sets: list[str], found: dict[str, Measured], ref
         references: network → real images.
     """
     headline = [index for index, each in enumerate(drawn) if each.prompt.set in sets]
+    prompts = np.array(clusters(drawn))[headline]
     far = {key: distance for name, reference in references.items()
-           for key, distance in _distances(name, found[name], reference).items()}
+           for key, distance in _distances(name, found[name], reference, prompts).items()}
     looked = _looked(found)
     spread = {key: _spread(distance.pseudovalues, headline, len(drawn)) for key, distance in far.items()
               if distance.pseudovalues is not None}
@@ -137,12 +138,13 @@ def figures(drawn: list[Drawn], sets: list[str], found: dict[str, Measured], ref
     return {**{key: distance.value for key, distance in far.items()}, **_infinity(far), **own.means(sets),
             "num_images": len(headline), "num_prompts": len({drawn[index].prompt_index for index in headline}),
             "num_reference": references["features"].num, "distances": _about(far, found, references),
-            "clip_truncated": int(clip.values["is_cut"].sum()) if clip else 0,
+            "clip_truncated": len({drawn[index].prompt_index for index in headline if clip.values["is_cut"][index]})
+            if clip else 0,
             "clip_model": clip.name if clip else None,
             "judges": [{"name": found[name].name, "metrics": found[name].about["metrics"]}
                        for name in JUDGES if name in found],
             "headline_sets": sets, "sets": own.by_set(looked), "resolutions": _resolutions(found["features"]),
-            "is_paired": all(each.prompt.about.get("paired", True) for each in drawn)}, scores
+            "is_paired": all(each.is_paired for each in drawn)}, scores
 
 
 def load_reference(path: Path, found: Measured) -> Reference:
@@ -155,12 +157,12 @@ def load_reference(path: Path, found: Measured) -> Reference:
     return known
 
 
-def _distances(table: str, found: Measured, reference: Reference) -> dict[str, Distance]:
+def _distances(table: str, found: Measured, reference: Reference, prompts: np.ndarray) -> dict[str, Distance]:
     features = found.values.get("features", np.zeros((0, 1)))
     if len(features) < 2:
         raise UserError(f"evaluate.sets: {len(features)} pictures to take FID over: it needs at least 2, and thousands "
                         "to mean much")
-    far = distances(table, features, reference)
+    far = distances(table, features, reference, prompts)
     for key in far.keys() & set(FRECHET.values()):
         if far[key].pseudovalues is None:
             progress.warn(f"{key}: {len(features)} pictures and {reference.num} real images are too few for "

@@ -184,7 +184,7 @@ def exhibits(found: Findings, runs: Sequence[Run], num_prompts: int) -> list[Exh
     the leading measure, where it loses most, and a draw.
 
     The pictures are of each arm's first seed, and of each prompt its first, and so is what they are picked by. Equals
-    go by hash, and so does the draw, which is of all prompts. Of pictures that were not kept there may be thumbnails;
+    go by hash, and so does the draw. Of pictures that were not kept there may be thumbnails;
     a prompt without is left out.
 
     Returns:
@@ -195,8 +195,11 @@ def exhibits(found: Findings, runs: Sequence[Run], num_prompts: int) -> list[Exh
     if not all(run.metrics.get("is_paired", True) for run in first.values()) or not num_prompts:
         return []
     candidates = _candidates(list(first.values()))
-    picks = [*_by_gain(found, first, candidates, num_prompts),
-             ("A draw", "By a hash of the prompt, of all prompts.", candidates[:num_prompts])]
+    num_asked = len({each.prompt_index for each in _headline(first[found.summaries[0].arm])})
+    of = "all prompts" if len(candidates) == num_asked else \
+        f"the {len(candidates):,} of {num_asked:,} prompts whose pictures were kept"
+    picks = [*_by_gain(found, first, candidates, num_prompts, of),
+             ("A draw", f"By a hash of the prompt, of {of}.", candidates[:num_prompts])]
     num_pictures = len({each.index for *_, drawn in picks for each in drawn}) * len(first)
     side = max(PIXEL_ART, int(THUMBNAIL * math.sqrt(min(1, MANY_PICTURES / max(1, num_pictures)))))
     shown: set[int] = set()
@@ -212,10 +215,14 @@ def _candidates(runs: list[Run]) -> list[Drawn]:
     """The first picture of each prompt of the headline sets that all arms have kept, by hash."""
     kept = set.intersection(*map(_kept, runs))
     first: dict[int, Drawn] = {}
-    for each in runs[0].drawn:
-        if each.index in kept and each.prompt.set in runs[0].metrics["headline_sets"]:
+    for each in _headline(runs[0]):
+        if each.index in kept:
             first.setdefault(each.prompt_index, each)
     return by_hash(list(first.values()))
+
+
+def _headline(run: Run) -> list[Drawn]:
+    return [each for each in run.drawn if each.prompt.set in run.metrics["headline_sets"]]
 
 
 def _kept(run: Run) -> set[int]:
@@ -224,7 +231,7 @@ def _kept(run: Run) -> set[int]:
     return {int(sample.key) for sample in read_shard(str(run.images / THUMBNAILS_FILE), []) if sample.key.isdecimal()}
 
 
-def _by_gain(found: Findings, first: dict[str, Run], candidates: list[Drawn], num: int
+def _by_gain(found: Findings, first: dict[str, Run], candidates: list[Drawn], num: int, of: str
              ) -> list[tuple[str, str, list[Drawn]]]:
     """Where the claim gains most, and where it loses most."""
     a, b, lead = claim(found.arms), found.baseline, found.lead
@@ -235,7 +242,7 @@ def _by_gain(found: Findings, first: dict[str, Run], candidates: list[Drawn], nu
     gains = {each.index: sign * (one - other) for each in candidates
              if (one := ours[each.index]) is not None and (other := theirs[each.index]) is not None}
     known = [each for each in candidates if each.index in gains]
-    note = f"By the difference in {lead.name} of the pictures shown; equals by a hash of the prompt."
+    note = f"By the difference in {lead.name} of the pictures shown, of {of}; equals by a hash of the prompt."
     best = [each for each in sorted(known, key=lambda each: -gains[each.index]) if gains[each.index] > 0]
     worst = [each for each in sorted(known, key=lambda each: gains[each.index]) if gains[each.index] < 0]
     return [(f"Where “{a}” gains most on “{b}”", note, best[:num]),
@@ -262,6 +269,6 @@ def _figure(run: Run, index: int, measure: Measure) -> str:
     if measure in DISTANCES:
         return ""
     value = run.scores.columns[measure.key][index]
-    if measure.is_share and value in (0, 1):
+    if measure.is_share and not measure.lower_is_better and value in (0, 1):
         return "✓" if value else "✗"
     return measure.text(value)

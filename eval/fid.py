@@ -22,6 +22,8 @@ REFERENCES_PER_FEATURE = 10
 """With fewer real images for each feature their own bias, which does not cancel, can outweigh the difference: it draws
 an arm of too little spread nearer. Of 64 features and a truly worse such arm, 65 real images called it better 8 times
 of 8, 128 five times, 640 never."""
+MIN_PROMPTS = 4
+"""Of which a half has two pictures at least."""
 NUM_SPLITS = 4
 """Of the images into halves, to tell the bias from."""
 
@@ -93,12 +95,13 @@ def _root(found: Statistics) -> np.ndarray:
 # --- over images ---------------------------------------------------------------------------------------------------
 
 
-def frechet(features: np.ndarray, reference: Statistics, seed: int = 0) -> Distance:
+def frechet(features: np.ndarray, reference: Statistics, prompts: np.ndarray | None = None, seed: int = 0) -> Distance:
     """FID of features (N, D) to real images, with pseudovalues, whose mean is the FID of endless images.
 
     FID falls with the number of images about as 1 / n (Chong & Forsyth 2020, arXiv 1911.07023): halves of the images
-    lie as far above it as it lies above FID∞, and as two halves together err as the whole does, that adds no noise. The
-    influence of an image x, with d = x − μ, is the derivative of the distance towards it,
+    lie as far above it as it lies above FID∞, and as two halves together err as the whole does, that adds no noise.
+    Pictures of a prompt are alike, so that a half has half of the prompts. The influence of an image x, with d = x − μ,
+    is the derivative of the distance towards it,
 
         2 dᵀ(μ − μᵣ) + dᵀ(I − T) d − tr((I − T) Σ),    T = R (Rᵀ Σ R)^−½ Rᵀ,    Σᵣ = R Rᵀ,
 
@@ -107,13 +110,18 @@ def frechet(features: np.ndarray, reference: Statistics, seed: int = 0) -> Dista
     Args:
         features: of drawn images.
         reference: statistics of the real ones.
+        prompts: (N,) which images are of the same prompt; by default each has its own.
         seed: of the splits into halves.
     """
     values = np.asarray(features, dtype=np.float64)
     found, distance = statistics(values), distance_to(reference)
     value = distance(found)
-    bias = _of_halves(values, distance, seed) - value if found.n >= 4 else 0.0
-    if (why := why_no_interval(found.n, reference.n, found.dim)) is not None:
+    own = np.arange(found.n) if prompts is None else np.unique(prompts, return_inverse=True)[1]
+    why = why_no_interval(found.n, reference.n, found.dim)
+    if (num_prompts := int(own.max()) + 1) < MIN_PROMPTS:
+        return Distance(value, None, why or f"no interval: {num_prompts} prompts are too few (at least {MIN_PROMPTS})")
+    bias = _of_halves(values, own, distance, seed) - value
+    if why is not None:
         return Distance(value, None, why, bias)
     return Distance(value, value - bias + _influence(values, found, reference), bias=bias)
 
@@ -138,10 +146,10 @@ def _influence(values: np.ndarray, found: Statistics, reference: Statistics) -> 
     return np.asarray(2 * offsets @ (found.mu - reference.mu) + squared - squared.mean())
 
 
-def _of_halves(values: np.ndarray, distance: Callable[[Statistics], float], seed: int) -> float:
-    """Mean FID of half as many images."""
+def _of_halves(values: np.ndarray, prompts: np.ndarray, distance: Callable[[Statistics], float], seed: int) -> float:
+    """Mean FID of the pictures of half as many prompts, which count from 0."""
     rng, found = np.random.default_rng(seed), []
     for _ in range(NUM_SPLITS):
-        order = rng.permutation(len(values))
-        found += [distance(statistics(values[half])) for half in np.array_split(order, 2)]
+        order = rng.permutation(prompts.max() + 1)
+        found += [distance(statistics(values[np.isin(prompts, half)])) for half in np.array_split(order, 2)]
     return float(np.mean(found))

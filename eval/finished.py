@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from eval.beside import MAX_BYTES, BesideComparison, BesideRun
+from eval.beside import MAX_BYTES, BesideComparison, BesideRun, is_finite
 from eval.comparisons import Run, summarize
 from eval.fid import Statistics
-from eval.measures import measures_of
+from eval.measures import DISTANCES, measures_of
 from eval.provenance import settings
 from eval.reference import load
 from eval.verdict import Findings
@@ -170,9 +170,24 @@ def _check(run: Run, reported: _Run, folder: Path) -> None:
     except ValidationError as error:
         raise UserError(f"report: {run.evaluated} was scored by an older Recap, or is damaged ({_first(error)}): "
                         "evaluate it again, with `recap evaluate` and `recap report`") from None
+    if bad := _faulty(run):
+        raise UserError(f"report: {run.evaluated} is damaged ({plain(bad)}): evaluate it again, with `recap evaluate` "
+                        "and `recap report`")
     if now.metrics != reported.metrics:
         raise UserError(f"report: the report in {folder} is older than its evaluations: run `recap report` again "
                         "there first")
+
+
+def _faulty(run: Run) -> str | None:
+    """What a run's figures lack that comparisons need."""
+    measures = measures_of(run.metrics)
+    if odd := [each.key for each in measures if not is_finite(run.metrics[each.key])]:
+        return f"{odd[0]} is no finite number"
+    if unknown := [each.key for each in measures if each in DISTANCES and each.key not in run.metrics["distances"]]:
+        return f"it does not say what {unknown[0]} was measured by"
+    odd = [name for name, column in run.scores.columns.items()
+           if not all(value is None or is_finite(value) for value in column)]
+    return f"a score of {odd[0]} is no finite number" if odd else None
 
 
 def _first(error: ValidationError) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import CLIPTokenizer
 
@@ -174,14 +175,25 @@ class Drawer:
     def _draw_batch(self, drawn: list[Drawn]) -> list[Image.Image]:
         """A picture each; where the memory does not suffice for all at once, of one half after the other."""
         try:
-            return in_halves(lambda some: draw(
-                self.pipe, [each.prompt.text for each in some], [each.seed for each in some if each.seed is not None],
-                num_inference_steps=self.config.num_inference_steps, guidance_scale=self.config.guidance_scale), drawn)
+            return in_halves(self._draw_some, drawn)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise UserError("generate: the device's memory does not suffice for a single picture: take another "
                             "device") from error
+
+
+    def _draw_some(self, drawn: list[Drawn]) -> list[Image.Image]:
+        pictures = np.asarray(draw(
+            self.pipe, [each.prompt.text for each in drawn], [each.seed for each in drawn if each.seed is not None],
+            num_inference_steps=self.config.num_inference_steps, guidance_scale=self.config.guidance_scale,
+            output_type="np"))
+        if broken := [each for each, picture in zip(drawn, pictures, strict=True) if not np.isfinite(picture).all()]:
+            raise UserError(f"generate: {self.job.pipeline.model} draws no finite numbers of "
+                            f"{broken[0].prompt.text[:80]!r}, which as a picture would be black: its weights are "
+                            "damaged, or the guidance scale is too high")
+        images: list[Image.Image] = self.pipe.image_processor.numpy_to_pil(pictures)
+        return images
 
 
 def _in_order(path: str, drawn: list[Drawn], pictures: Iterable[tuple[int, bytes]]) -> Iterator[Sample]:
@@ -216,7 +228,7 @@ def forget(folder: Path) -> None:
     Raises:
         UserError: pictures are missing or damaged.
     """
-    if is_loose(folder):
+    if is_loose(folder) or any(each.file for each in read_list(folder)):
         return
     if not (folder / FORGOTTEN_FILE).is_file():
         shards(folder)  # all are there

@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,17 @@ class GivenFolder:
 
     @classmethod
     def open(cls, path: Path) -> "GivenFolder":
-        """`UserError` where it holds no image."""
-        if not (files := image_files(path)):
+        """`UserError` where it holds no image, or two of one name.
+
+        The mosaics that GenEval's generation leaves beside its samples are none.
+        """
+        files = [file for file in image_files(path) if not (file.stem == "grid" and (file.parent / "samples").is_dir())]
+        if not files:
             raise UserError(f"{WHERE}: no image in {path}: name a folder of images, or a diffusers pipeline")
-        return cls(path, files)
+        found = cls(path, sorted(files, key=lambda file: file.relative_to(path).with_suffix("").parts))
+        if twice := [name for name, after in pairwise(found.names) if name == after]:
+            raise UserError(f"{WHERE}: {path} holds two images {twice[0]}: delete one of them, or name it otherwise")
+        return found
 
     @property
     def names(self) -> list[str]:
@@ -67,12 +75,13 @@ def take(stage: StageDir, folder: Path, prompts: list[Prompt] | None, only: list
     """
     if (folder / PROMPTS_FILE).is_file():
         rows = _own_rows(stage, folder)
+        _check_same(folder, rows, prompts)
     elif prompts:
         rows = _rows(GivenFolder.open(folder), prompts)
     else:
-        given = GivenFolder.open(folder)
-        rows = [{"prompt": "", "set": "images", "about": {"paired": paired}, "file": str(file.resolve())}
-                for name, file in zip(given.names, given.files, strict=True) if only is None or name in only]
+        given, names = GivenFolder.open(folder), None if only is None else set(only)
+        rows = [{"prompt": "", "set": "images", "is_paired": paired, "file": str(file.resolve())}
+                for name, file in zip(given.names, given.files, strict=True) if names is None or name in names]
     text = "".join(json.dumps({"index": index, **row}) + "\n" for index, row in enumerate(rows))
     write_bytes(str(stage.path / PROMPTS_FILE), text.encode())
     return {"num_images": len(rows), "num_prompts": len({row.get("prompt_index", index)
@@ -81,16 +90,25 @@ def take(stage: StageDir, folder: Path, prompts: list[Prompt] | None, only: list
 
 def _own_rows(stage: StageDir, folder: Path) -> list[dict[str, Any]]:
     """Of a folder with a list: loose pictures are taken where they are, and so are shards, by links to them."""
-    drawn, loose = read_list(folder), is_loose(folder)
+    drawn, loose = read_list(folder), is_loose(folder)  # or listed by `take`: then each has its file
     shards(folder)  # all are there
-    if not loose:
+    if not loose and not any(each.file for each in drawn):
         for path in [*folder.glob("*.tar"), *folder.glob("*_stats.json")]:
             link = stage.path / path.name
             link.unlink(missing_ok=True)
             link.symlink_to(path.resolve())
     return [{"prompt": each.prompt.text, "set": each.prompt.set, "about": each.prompt.about, "seed": each.seed,
              "prompt_index": each.prompt_index,
-             **({"file": str(loose_path(folder, each.index).resolve())} if loose else {})} for each in drawn]
+             **({"file": str((each.file or loose_path(folder, each.index)).resolve())} if loose or each.file else {}),
+             } for each in drawn]
+
+
+def _check_same(folder: Path, rows: list[dict[str, Any]], prompts: list[Prompt] | None) -> None:
+    """`UserError` where a folder's own list and the prompts that were given differ."""
+    own = {row["prompt_index"]: row["prompt"] for row in rows}
+    if prompts is not None and [own[place] for place in sorted(own)] != [prompt.text for prompt in prompts]:
+        raise UserError(f"{WHERE}: {folder / PROMPTS_FILE} lists other prompts than were given: leave --prompts out, "
+                        "or delete that list")
 
 
 def _rows(given: GivenFolder, prompts: list[Prompt]) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from PIL import Image
 from eval.drawn import FORGOTTEN_FILE, Drawn, pictures, read_list, shards
 from eval.prompts import PROMPTS_FILE, Prompt
 from recap.errors import BadSample, UserError
-from recap.rundir import folder_identity
+from recap.rundir import folder_identity, printable
 from recap.sample import IMAGE_EXTENSIONS, decode_image
 from recap.shards import Reject, expand, read_shard
 from recap.storage import identities, identity
@@ -43,6 +43,10 @@ class Images(Protocol):
     def are_kept(self) -> bool:
         """Whether there are images any more; else what was measured of them is all there is."""
 
+    @property
+    def sets(self) -> tuple[str, ...] | None:
+        """The prompt sets that it is of; None for all, or where there are no prompts."""
+
 
 @dataclass(frozen=True)
 class DrawnImages:
@@ -63,8 +67,8 @@ class DrawnImages:
         return sum(self._is_in(each.prompt) for each in self.listed)
 
     def read(self, unit: str, rejects: list[Reject]) -> Iterator[Given]:
-        for index, content in pictures(Path(unit)):
-            each = self.listed[index]
+        for index, content in pictures(Path(unit), self.listed):
+            each = self.listed[index]  # `pictures` holds a shard to its place
             if self._is_in(each.prompt):
                 yield str(each.file or f"picture {index} of {self.folder}"), content, each.prompt
 
@@ -75,7 +79,7 @@ class DrawnImages:
         known = ("*.tar", "[0-9]*.png", PROMPTS_FILE)
         files = sorted({path for pattern in known for path in self.folder.glob(pattern)}
                        | {each.file for each in self.listed if each.file})
-        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files], self.sets
+        return [[printable(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
 
     def are_kept(self) -> bool:
         return not (self.folder / FORGOTTEN_FILE).is_file()
@@ -94,6 +98,7 @@ class RealImages:
     source: str | list[str]
     where: str
     """The key that names it, for messages."""
+    sets: None = None
 
     @cached_property
     def files(self) -> list[Path] | None:
@@ -141,10 +146,13 @@ class RealImages:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and those below it, sorted; hidden files are none."""
+    """The images in a folder and those below it, sorted; hidden files are none. `UserError` for a broken link."""
     extensions = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-    return sorted(path for path in folder.rglob("*")
-                  if path.suffix.lower() in extensions and not path.name.startswith("."))
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in extensions
+                   and not path.name.startswith(".") and not path.is_dir())
+    if broken := [path for path in found if not path.is_file()]:
+        raise UserError(f"{printable(broken[0])} is a link to nothing: delete it, or mend it")
+    return found
 
 
 def _whole(given: Given) -> Image.Image:

@@ -31,6 +31,9 @@ from recap.shard_work import NUM_DECODERS, Stats, ahead, reasons
 from recap.shards import Reject
 from recap.storage import clean, write_bytes
 
+FINITE = {"features", "clip_score"}
+"""Columns in which no number may be missing; in others NaN stands for what a prompt does not ask."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -80,9 +83,9 @@ def measure(folder: Path, gauge: str, config: Evaluate, images: Images, checkpoi
     Returns:
         What was found; None in all processes but the first.
     """
-    stage = StageDir(folder / gauge, {"gauge": getattr(config, gauge), "checkpoint": checkpoint,
-                                      "images": images.identity()})
-    if not images.are_kept() and (stage.path / "done.json").is_file():
+    measured = {"gauge": getattr(config, gauge), "checkpoint": checkpoint, "sets": images.sets}
+    stage = StageDir(folder / gauge, {**measured, "images": images.identity()})
+    if not images.are_kept() and _was(stage, measured):
         return _read(stage) if progress.is_main() else None
     if stage.state() == "changed" and progress.is_main():
         progress.say(f"    {stage.path} was measured of other images or by other weights: measured anew")
@@ -91,6 +94,12 @@ def measure(folder: Path, gauge: str, config: Evaluate, images: Images, checkpoi
         places = {unit: place for place, unit in enumerate(images.units())}
         _measure(stage, Job(stage.path, gauge, config, images, places), title, device)
     return _read(stage) if progress.is_main() else None
+
+
+def _was(stage: StageDir, measured: dict[str, Any]) -> bool:
+    """Whether all of that was measured before, of images that are no more."""
+    changed = {line.partition(":")[0].partition(".")[0] for line in stage.changes()}
+    return (stage.path / "done.json").is_file() and not changed & measured.keys()
 
 
 def _measure(stage: StageDir, job: Job, title: str, device: str) -> None:
@@ -162,7 +171,7 @@ class Measurer:
             image = self.job.images.decode(given)
         except BadSample as error:
             return Reject("", where, error.reason, error.detail)
-        return Ready(self.gauge.prepare(image), prompt or Prompt(""), image.size)
+        return Ready(where, self.gauge.prepare(image), prompt or Prompt(""), image.size)
 
     def _rows(self, batch: list["Ready"]) -> Values:
         """In halves where the memory does not suffice for all at once."""
@@ -171,6 +180,11 @@ class Measurer:
 
     def _columns(self, batch: list["Ready"]) -> list[Values]:
         columns = self.gauge.measure([each.image for each in batch], [each.prompt for each in batch])
+        for name in FINITE & columns.keys():
+            if broken := [each.where for each, value in zip(batch, columns[name], strict=True)
+                          if not np.isfinite(value).all()]:
+                raise UserError(f"evaluate.{self.job.gauge}: {self.gauge.name} gives no finite numbers of {broken[0]}: "
+                                "its weights are damaged, or too large for the device's numbers")
         columns["size"] = np.array([each.size for each in batch], dtype=np.int32)
         return [{name: column[place] for name, column in columns.items()} for place in range(len(batch))]
 
@@ -179,6 +193,7 @@ class Measurer:
 class Ready:
     """An image that a gauge has prepared."""
 
+    where: str
     image: Any
     prompt: Prompt
     size: tuple[int, int]

@@ -29,22 +29,24 @@ def gaussian(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.asarray(np.exp(-squared / (2 * CMMD_SIGMA ** 2)))
 
 
-def kid(features: np.ndarray, reference: np.ndarray, within_reference: float | None = None) -> Distance:
-    """KID of features (N, D) to those of real images (M, D); `within_reference` as `mean_within` of these gives it."""
-    return squared_mmd(features, reference, cubic, within_reference)
+def kid(features: np.ndarray, reference: np.ndarray, within_reference: float | None = None,
+        prompts: np.ndarray | None = None) -> Distance:
+    """KID of features (N, D) to those of real images (M, D); the others as of `squared_mmd`."""
+    return squared_mmd(features, reference, cubic, within_reference, prompts)
 
 
-def cmmd(embeddings: np.ndarray, reference: np.ndarray, within_reference: float | None = None) -> Distance:
+def cmmd(embeddings: np.ndarray, reference: np.ndarray, within_reference: float | None = None,
+         prompts: np.ndarray | None = None) -> Distance:
     """CMMD of CLIP embeddings (N, D) to those of real images (M, D), in thousandths. They are brought to length 1.
 
     The authors' code leaves the diagonals in, each of which adds (1 − mean kernel) / N of its set; this one does not.
     """
-    found = squared_mmd(unit(embeddings), unit(reference), gaussian, within_reference)
+    found = squared_mmd(unit(embeddings), unit(reference), gaussian, within_reference, prompts)
     return Distance(CMMD_SCALE * found.value, None if found.pseudovalues is None else CMMD_SCALE * found.pseudovalues)
 
 
-def squared_mmd(features: np.ndarray, reference: np.ndarray, kernel: Kernel, within_reference: float | None = None
-                ) -> Distance:
+def squared_mmd(features: np.ndarray, reference: np.ndarray, kernel: Kernel, within_reference: float | None = None,
+                prompts: np.ndarray | None = None) -> Distance:
     """MMD² without bias (Gretton et al. 2012, lemma 6): mean k(x, x′) − 2 mean k(x, y) + mean k(y, y′).
 
     The pseudovalues are those of its projection on single images (Hoeffding 1948): what an image adds by being like the
@@ -55,13 +57,17 @@ def squared_mmd(features: np.ndarray, reference: np.ndarray, kernel: Kernel, wit
         reference: (M, D) of real images, M ≥ 2.
         kernel: see `cubic`, `gaussian`.
         within_reference: `mean_within(reference, kernel)`, where it is known.
+        prompts: (N,) which images are of the same prompt, and are alike for that: such pairs are left out, as an image
+            and itself are. By default each has its own; of one prompt alone, all pairs count.
     """
     drawn, real = (np.asarray(each, dtype=np.float64) for each in (features, reference))
     if min(len(drawn), len(real)) < 2:
         raise ValueError(f"MMD² needs at least 2 images in each set, not {len(drawn)} and {len(real)}")
     if within_reference is None:
         within_reference = mean_within(real, kernel)
-    among = (_row_sums(drawn, drawn, kernel) - _diagonal(drawn, kernel)) / (len(drawn) - 1)
+    own = prompts is None or (prompts == prompts[0]).all()  # of a single prompt, there are no other pairs
+    alike, num_alike = _of_one_prompt(drawn, np.arange(len(drawn)) if own else np.asarray(prompts), kernel)
+    among = (_row_sums(drawn, drawn, kernel) - alike) / (len(drawn) - num_alike)
     across = _row_sums(drawn, real, kernel) / len(real)
     value = float(among.mean() - 2 * across.mean() + within_reference)
     return Distance(value, value + 2 * (among - among.mean()) - 2 * (across - across.mean()))
@@ -70,7 +76,7 @@ def squared_mmd(features: np.ndarray, reference: np.ndarray, kernel: Kernel, wit
 def mean_within(features: np.ndarray, kernel: Kernel) -> float:
     """Mean kernel over all pairs of two different images of one set."""
     values = np.asarray(features, dtype=np.float64)
-    sums = _row_sums(values, values, kernel) - _diagonal(values, kernel)
+    sums = _row_sums(values, values, kernel) - _of_one_prompt(values, np.arange(len(values)), kernel)[0]
     return float(sums.sum() / (len(values) * (len(values) - 1)))
 
 
@@ -86,5 +92,10 @@ def _row_sums(a: np.ndarray, b: np.ndarray, kernel: Kernel) -> np.ndarray:
                                for other in range(0, len(b), BLOCK)) for start in range(0, len(a), BLOCK)])
 
 
-def _diagonal(values: np.ndarray, kernel: Kernel) -> np.ndarray:
-    return np.array([kernel(row[None], row[None])[0, 0] for row in values])
+def _of_one_prompt(values: np.ndarray, prompts: np.ndarray, kernel: Kernel) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row, the sum of its kernel values with those of its prompt, itself among them; and how many these are."""
+    sums, counts = np.zeros(len(values)), np.zeros(len(values))
+    order = np.argsort(prompts, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(prompts[order])) + 1):
+        sums[rows], counts[rows] = kernel(values[rows], values[rows]).sum(axis=1), len(rows)
+    return sums, counts

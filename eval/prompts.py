@@ -187,6 +187,9 @@ def _read_table(path: Path, rows: Iterator[tuple[str, list[str]]]) -> Iterator[L
         raise UserError(f"{WHERE}: {path} has no column Prompt, Caption or Text, only {found}: name its column so")
     kept = {name: names.index(name.casefold()) for name in KEPT if name.casefold() in names}
     for at, row in rows:
+        if len(row) > len(header):
+            raise UserError(f"{WHERE}: {at} of {path} has {len(row)} cells, and the header {len(header)}: quote a text "
+                            "that holds the separator, or give a .txt file")
         cells = dict(enumerate(map(str.strip, row)))
         yield at, cells.get(column, ""), {name: cell for name, place in kept.items() if (cell := cells.get(place))}
 

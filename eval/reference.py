@@ -76,12 +76,16 @@ def load(path: Path) -> Reference:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile,
             RecursionError) as error:  # what numpy raises on other content
         raise UserError(f"{path} does not hold reference statistics ({type(error).__name__}): {AGAIN}") from None
-    shapes_fit = mu.ndim == 1 and sigma.shape == (len(mu), len(mu)) and found.features.shape[1:] == mu.shape
+    shapes_fit = (mu.ndim == 1 and sigma.shape == (len(mu), len(mu)) and found.features.shape[1:] == mu.shape
+                  and (not radii or set(radii) == set(NEAREST.values()))
+                  and all(values.shape == (found.num,) for values in radii.values())
+                  and all(np.isfinite(values).all() for name, values in members.items() if name != "about"))
     if not shapes_fit or found.num < 2 or not isinstance(about, dict) or about.get("schema") != SCHEMA:
         raise UserError(f"{path} holds statistics of another form than schema {SCHEMA}: {AGAIN}")
     return found
 
 
-def is_kept(path: str) -> bool:
-    """Whether a folder is one that `recap reference` wrote."""
-    return any((Path(path) / f"{table}.npz").is_file() for table in NETWORKS)
+def kept(path: str) -> Path | None:
+    """Where in a folder lies what `recap reference` wrote; None if it wrote nothing there."""
+    return next((folder for folder in (Path(path), Path(path) / "reference")
+                 if any((folder / f"{table}.npz").is_file() for table in NETWORKS)), None)

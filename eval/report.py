@@ -117,6 +117,7 @@ def _compared(content: ReportInput, found: Findings) -> dict[str, Any]:
     return {"headline": headline, "sentences": sentences, "pairs": _pairs(found), "charts": _charts(found),
             "scoreboard": scoreboard(found, content.runs), "facts": facts(content.runs),
             "cautions": cautions(content.runs), "metrics": metrics, "is_paired": metrics.get("is_paired", True),
+            "has_prompts": metrics.get("is_paired", True) and CLIP_SCORE in found.measures,
             "num_prompts": metrics.get("num_prompts", metrics["num_images"]), "clip_score": CLIP_SCORE,
             "distances": DISTANCES, "num_seeds": len({each.seed for each in content.runs}),
             "guidance": _guidance(content.guidance)}

@@ -35,6 +35,7 @@ from eval.tables import (
 from eval.verdict import p_of, p_text
 from recap.data_card import escape
 from recap.errors import UserError
+from recap.show import plain
 from recap.storage import write_bytes, write_json
 
 SCHEMA = 1
@@ -116,7 +117,8 @@ def _compared(other: FinishedRun, first: FinishedRun, a: str, b: str, measure: M
         why = incomparable(ours[0], theirs[0], measure) or _other_real_images(other, first, measure) \
             or _other_prompts(ours, theirs) or _no_values(ours, theirs, measure)
     if why:
-        return row | {"difference": None, "ci": None, "p": None, "verdict": None, "num_prompts": None, "note": why}
+        return row | {"difference": None, "ci": None, "p": None, "verdict": None, "num_prompts": None,
+                      "note": plain(why)}
     return row | _difference(ours, theirs, measure)
 
 

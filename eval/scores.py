@@ -35,10 +35,13 @@ class Scores:
         """Values of one metric, (N,) float64, over the pictures of these sets; NaN for None."""
         return np.array(self.columns[metric], dtype=np.float64)[self.rows(sets)]
 
-    def by_prompt(self, metric: str, sets: list[str]) -> np.ndarray:
-        """The same over the prompts of these sets, in order: of each, the mean of its pictures that have a value."""
+    def by_prompt(self, metric: str, sets: list[str], prompts: list[int] | None = None) -> np.ndarray:
+        """The same over the prompts of these sets, in order: of each, the mean of its pictures that have a value.
+
+        `prompts` are other numbers of the prompts than their places, as `eval.drawn.clusters` gives them.
+        """
         values, rows = self.values(metric, sets), self.rows(sets)
-        _, places = np.unique(np.array(self.prompts, dtype=np.int64)[rows], return_inverse=True)
+        _, places = np.unique(np.array(prompts or self.prompts, dtype=np.int64)[rows], return_inverse=True)
         known = ~np.isnan(values)
         sums = np.bincount(places, weights=np.where(known, values, 0))
         with np.errstate(invalid="ignore"):

@@ -73,10 +73,12 @@ def paired_ratio(a: np.ndarray, b: np.ndarray, seed: int, seeds: Sequence[int] |
     By the logarithm, whose scatter is, to the first order, that of either score in shares of its mean.
 
     Returns:
-        `ratio` and `ratio_ci`; None where a mean is not above 0.
+        `ratio` and `ratio_ci`; None where a mean is not clearly above 0: its own interval holds 0.
     """
-    means = [float(np.mean([np.nanmean(row) for row in by_seed(np.atleast_2d(each), seeds)])) for each in (a, b)]
-    if min(means) <= 0:
+    of_prompts = [mean_over_runs(by_seed(np.atleast_2d(each), seeds)) for each in (a, b)]
+    means = [float(np.nanmean(each)) for each in of_prompts]
+    errors = [float(np.nanstd(each)) / math.sqrt((~np.isnan(each)).sum()) for each in of_prompts]
+    if any(mean <= 1.96 * error for mean, error in zip(means, errors, strict=True)):
         return {"ratio": None, "ratio_ci": None}
     ratio = means[0] / means[1]
     low, high = paired_difference(np.atleast_2d(a) / means[0], np.atleast_2d(b) / means[1], seed, seeds=seeds)["ci"]

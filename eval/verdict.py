@@ -60,7 +60,7 @@ def verdict(found: Findings) -> tuple[str, list[str]]:
         return f"There is no arm to compare with “{b}”{' but controls' if controls else ''}.", []
     result = found.against(a, lead)
     if result is None:
-        return f"No prompt gives both “{a}” and “{b}” a value of {lead.name}: there is nothing to compare.", []
+        return f"“{a}” and “{b}” were not compared by {lead.name}.", []
     said = [sentence for measure in found.headline for sentence in _sentences(a, b, measure, found)]
     return _headline(a, b, found, result["verdict"]), [
         *said, *_disagreement(a, found), *_control(a, found), *_family(found), *_seed_sentences(result)]
@@ -103,7 +103,7 @@ def _fid_sentences(a: str, b: str, found: Findings) -> list[str]:
     if result is None:
         return [f"{sentence}."]
     if result["ci"] is None:
-        return [f"{sentence}; {result['note']}: {result['verdict']}."]
+        return [f"{sentence}; {result.get('note') or 'no interval'}: {result['verdict']}."]
     ratio = " ({:.2f} to {:.2f})".format(*result["ratio_ci"]) if result.get("ratio_ci") else ""
     ratio = f", ratio {result['ratio']:.2f}{ratio}" if result.get("ratio") is not None else ""
     drawn = f"{result['num_prompts']:,}" if result.get("num_prompts") else "so many"

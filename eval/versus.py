@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.comparisons import CONTROLS, baseline, claim
 from eval.given import GivenFolder, by_hash
 from eval.prompts import PROMPTS_FILE, load_prompts, prompt_inputs
 from eval.report import ReportInput, Run
@@ -22,7 +23,7 @@ from recap.environment import environment
 from recap.errors import UserError
 from recap.pipeline import Experiment, Plan, Stage
 from recap.pretrained import find_local, identity
-from recap.rundir import folder_identity, lock
+from recap.rundir import digest, folder_identity, lock
 from recap.storage import identity as file_identity
 
 WHERE = "evaluate"
@@ -69,9 +70,9 @@ def evaluate(exp: Experiment, places: list[str], redo: bool) -> None:
 def keep_reference(exp: Experiment, redo: bool) -> None:
     """`recap reference DIR`: measure real images once, for any number of evaluations."""
     plan = Plan(exp)
-    stage = plan.reference(".")
+    stage = plan.reference()
     with lock(plan.root):
-        pipeline.do(stage, str(plan.root), redo)
+        pipeline.do(stage, str(stage.path), redo)
     found = stage.dir.result()
     print(f"{found['num_images']:,} images by {found['features']}: {plan.root}")
 
@@ -104,10 +105,11 @@ class Versus(Plan):
         }, lambda: (ref, WHERE, config, source.arm, self.device))
 
     def _taken(self, source: Source) -> Stage:
-        folder, only = Path(source.place), self.chosen.names.get(source.arm)
+        folder, only, prompts = Path(source.place), self.chosen.names.get(source.arm), self.exp.generate
         return self._stage("take", f"seed-{SEED}/generate/{source.arm}", "eval.given:take", [], lambda: {
-            "images": folder_identity(folder), "prompts": self._prompt_files(), "only": only,
-            "paired": self.chosen.are_paired,
+            "images": folder_identity(folder), "prompts": self._prompt_files(), "only": digest(only),
+            "paired": self.chosen.are_paired, "kind": prompts.kind, "num_prompts": prompts.num_prompts,
+            "prompts_seed": prompts.prompts_seed,
         }, lambda: (folder, load_prompts(self.exp.generate) if self.exp.generate.prompts else None, only,
                     self.chosen.are_paired))
 
@@ -142,7 +144,7 @@ def _is_pipeline(place: str) -> bool:
 
 
 def _arms(places: list[str]) -> list[str]:
-    """A name each: the last parts of its path, as many as tell it from the others."""
+    """A name each: the last parts of its path, as many as tell it from the others and from an experiment's arms."""
     if len(places) < 2:
         raise UserError(f"{WHERE}: {len(places)} folder was named: give two or more, the one to compare with first")
     if twice := [place for place, count in Counter(map(_resolved, places)).items() if count > 1]:
@@ -150,9 +152,17 @@ def _arms(places: list[str]) -> list[str]:
     parts = [[part for part in Path(_resolved(place)).parts if part != "/"] for place in places]
     for depth in range(1, max(map(len, parts)) + 1):
         names = [re.sub(r"[^A-Za-z0-9_-]+", "-", "-".join(each[-depth:])).strip("-_") or "images" for each in parts]
-        if len(set(names)) == len(names):
+        if len(set(names)) == len(names) and _mean_nothing_else(names):
             return names
     return [f"{name}-{number}" for number, name in enumerate(names)]
+
+
+def _mean_nothing_else(names: list[str]) -> bool:
+    """Whether the first is what the others are held against, and the second what the headline speaks of.
+
+    In an experiment `alt` and `mix` are these, and controls have names of their own, wherever they stand.
+    """
+    return (baseline(names), claim(names)) == (names[0], names[1]) and not set(names) & set(CONTROLS)
 
 
 def _resolved(place: str) -> str:

@@ -492,8 +492,8 @@ class Plan:
         own = self.exp.arm[arm].guidance_scale
         return self.exp.generate.guidance_scale if own is None else own
 
-    def reference(self, folder: str = "reference") -> Stage:
-        """What distances need of the real images; as `recap reference DIR` keeps it, in the run's own folder."""
+    def reference(self) -> Stage:
+        """What distances need of the real images."""
         config = self.exp.evaluate
         inputs = Inputs(config.reference, "evaluate.reference")
         networks = {name: getattr(config, name) for name in NETWORKS if getattr(config, name) is not None}
@@ -502,7 +502,7 @@ class Plan:
             return {"networks": networks, "inputs": inputs.identity,
                     "checkpoints": {name: gauge_checkpoint(name, config) for name in networks}}
 
-        return self._stage("reference", folder, "eval.evaluate:reference", [], reads, lambda: (
+        return self._stage("reference", "reference", "eval.evaluate:reference", [], reads, lambda: (
             config, self.root / "measured" / "reference", reads()["checkpoints"], self.device))
 
     def evaluate(self, seed: int, arm: str, generate: Stage, reference: Stage, folder: str | None = None) -> Stage:

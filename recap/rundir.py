@@ -24,6 +24,8 @@ from recap.storage import clean, write_json
 
 CHECKPOINTS = ("checkpoint", ".checkpoint.old", ".checkpoint.tmp")
 """What a training keeps in its stage's folder while it runs."""
+MAX_TOLD = 100
+"""Characters of a value that has changed."""
 State = Literal["done", "begun", "new", "changed"]
 Stale = Literal["refuse", "redo", "go_on"]
 """What to do with that which was made with other settings: refuse to run, make it again, or keep it and go on."""
@@ -64,7 +66,12 @@ def plain(value: Any) -> Any:
 def folder_identity(path: Path) -> list[list[Any]]:
     """Names, sizes and times of the files below a folder (a checkpoint, a folder of images)."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
-    return [[str(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [[printable(file.relative_to(path)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def printable(path: Path) -> str:
+    """A path as text that any encoding takes, whatever bytes its name is of."""
+    return str(path).encode("utf-8", "backslashreplace").decode()
 
 
 def hash_files(path: Path) -> str:
@@ -107,7 +114,7 @@ class StageDir:
         """Which values differ from those the folder was begun with: `train.lr: 1e-05 → 2e-05`."""
         before = _flat((_read(self.path / "config.json") or {}).get("reads", {}))
         now = _flat(json.loads(json.dumps(self.reads, default=plain)))
-        return [f"{key}: {before.get(key)} → {now.get(key)}" for key in sorted(before.keys() | now.keys())
+        return [f"{key}: {_told(before.get(key), now.get(key))}" for key in sorted(before.keys() | now.keys())
                 if before.get(key) != now.get(key)]
 
     def begin(self) -> None:
@@ -152,6 +159,20 @@ def _read(path: Path) -> dict[str, Any] | None:
         os.replace(path, path.with_suffix(".broken"))  # never written by us: written files are whole
         return None
     return found if isinstance(found, dict) else None
+
+
+def _told(before: Any, now: Any) -> str:
+    """A change in few words; of lists, as of a folder's files, which of them differ."""
+    if isinstance(before, list) and isinstance(now, list) and max(len(before), len(now)) > 1:
+        known, new = ({json.dumps(each) for each in every} for every in (before, now))
+        differing = sorted(known ^ new)
+        return f"{len(differing)} entries differ, {_cut(json.loads(differing[0]))}" if differing else "another order"
+    return f"{_cut(before)} → {_cut(now)}"
+
+
+def _cut(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= MAX_TOLD else f"{text[:MAX_TOLD]}…"
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Charts hold what they are given, and curves join what belongs together."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scored_runs import PAYLOAD, make_run
 
-from eval.charts import ABOVE, BELOW, HEIGHT, WIDTH, Y_AXIS, Line, Room, _axis, key, line_chart
+from eval.charts import ABOVE, BELOW, HEIGHT, WIDTH, Y_AXIS, Line, Room, Row, _axis, dot_chart, key, line_chart
 from eval.comparisons import compare, summarize
 from eval.curves import Kind, Point, curves
 from eval.measures import measures_of
@@ -35,7 +36,16 @@ def test_all_points_lie_within_the_plot(points: list[tuple[float, float]]) -> No
 @given(NUMBERS, st.floats(1e-3, 1e6))
 def test_an_axis_has_a_few_ticks_and_no_more(low: float, spread: float) -> None:
     ticks = _axis(low, low + spread, 0, 100).ticks
-    assert 3 <= len(ticks) <= 6 and all(0 <= _axis(low, low + spread, 0, 100).at(tick) <= 100 for tick in ticks)
+    assert 3 <= len(ticks) <= 7 and all(0 <= _axis(low, low + spread, 0, 100).at(tick) <= 100 for tick in ticks)
+
+
+def test_ties_but_for_rounding_have_an_axis() -> None:
+    """The means of two arms whose scores are in thirds."""
+    for value in (0.1, 63.2, 1e-7, 31415.9):
+        above = math.nextafter(value, math.inf)
+        assert 3 <= len(_axis(value, above, 0, 100).ticks) <= 7
+        chart = dot_chart([Row("a", [value], "a"), Row("b", [above], "b")], value, "two")
+        assert max(map(len, re.findall(r"class=\"axis\"[^>]*>([^<]*)<", chart))) <= 12
 
 
 @given(st.lists(st.tuples(st.floats(Y_AXIS, WIDTH), st.floats(ABOVE, HEIGHT - BELOW)), min_size=1, max_size=20))

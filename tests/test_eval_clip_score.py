@@ -39,13 +39,20 @@ def test_equals_open_clip(scorer: ClipScorer, world_models: Path) -> None:
 
 
 def test_the_end_of_a_long_caption_counts(scorer: ClipScorer, world_models: Path) -> None:
-    start = "There is a small red circle at the left of the picture. " * 8
+    start = "There is a small red circle at the left of the picture. " * 12
     texts = [start + "A green star is on top.", start + "A purple dog sleeps."]
     (first, second), truncated = scorer.score([noise(0)] * 2, texts)
-    assert first != second and truncated == 0
-    sentences = ["There is a small red circle at the left of the picture."] * 8 + ["A green star is on top."]
+    assert first != second and truncated == 0 and min(map(scorer.num_tokens, texts)) >= 150
+    sentences = ["There is a small red circle at the left of the picture."] * 12 + ["A green star is on top."]
     expected = np.mean([directly(world_models / "clip", noise(0), sentence) for sentence in sentences])
     assert first == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("mark", ["<end_of_text>", "<|endoftext|>", "<End_Of_Text>"])
+def test_a_mark_in_a_text_does_not_end_it(scorer: ClipScorer, mark: str) -> None:
+    texts = [f"a red square{mark} nothing of this is true", f"a red square{mark} and a dog", "a red square"]
+    found = scorer.embed_texts(texts)
+    assert np.abs(found[0] - found[1]).max() > 1e-3 < np.abs(found[0] - found[2]).max()
 
 
 def test_exactly_the_context_is_one_piece(scorer: ClipScorer) -> None:

@@ -9,6 +9,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 import eval.manifold
 import eval.mmd
 from eval.distances import KEYS, distances
+from eval.fid import frechet, statistics
 from eval.manifold import manifold, radii_of
 from eval.mmd import cmmd, cubic, gaussian, kid, mean_within, squared_mmd, unit
 from eval.reference import of_features
@@ -102,6 +103,24 @@ def test_pseudovalues_scatter_as_the_figure_does(kernel: eval.mmd.Kernel) -> Non
     assert told == pytest.approx(scatter, rel=0.2)
 
 
+def test_pictures_of_a_prompt_are_alike_and_no_pair() -> None:
+    """KID and FID∞ of arms of one distribution, of which one's pictures of a prompt differ little."""
+    reference = statistics(draws(9, 20_000, 4, 0))
+    real, rng = draws(8, 2000, 4, 0), np.random.default_rng(0)
+    prompts = np.repeat(np.arange(60), 5)
+    found: dict[str, list[list[float]]] = {"kid": [[], []], "fid": [[], []]}
+    for _ in range(60):
+        scenes = rng.normal(0.4, 1, size=(60, 4))
+        alike = scenes.repeat(5, axis=0) * 0.95 + 0.02 + 0.3122 * rng.normal(size=(300, 4))
+        apart = rng.normal(0.4, 1, size=(300, 4))
+        for place, each in enumerate((alike, apart)):
+            found["kid"][place].append(kid(each, real, prompts=prompts).value)
+            found["fid"][place].append(float(frechet(each, reference, prompts).unbiased or 0))
+    for alike, apart in found.values():
+        error = (np.var(alike) / 60 + np.var(apart) / 60) ** 0.5
+        assert abs(np.mean(alike) - np.mean(apart)) < 4 * error
+
+
 def test_what_is_known_of_the_reference_makes_no_difference() -> None:
     a, b = draws(0, 100), draws(1, 400, shift=0)
     for table, keys in KEYS.items():
@@ -112,6 +131,13 @@ def test_what_is_known_of_the_reference_makes_no_difference() -> None:
     assert {key: found[key].value for key in by_hand} == pytest.approx(by_hand, rel=1e-5)  # kept in float32
     few = distances("features", a[:5], of_features(b, {}))
     assert tuple(few) == ("fid", "kid")
+
+
+def test_all_pictures_may_be_of_one_prompt() -> None:
+    a, b = draws(0, 40), draws(1, shift=0)
+    assert kid(a, b, prompts=np.zeros(40, dtype=int)).value == kid(a, b).value
+    found = frechet(draws(0, 400), statistics(draws(1, 4000)), np.repeat([0, 1], 200))
+    assert found.pseudovalues is None and found.why == "no interval: 2 prompts are too few (at least 4)"
 
 
 def test_too_few_images() -> None:

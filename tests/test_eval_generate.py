@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from test_recap_engines import free_port
 
 from eval import generate
@@ -46,6 +49,16 @@ def draw(folder: Path, models: Path, prompts: list[str] = PROMPTS, **settings: A
     assert result["num_images"] == len(prompts) * config.num_images_per_prompt
     assert result["num_prompts"] == sum(result["num_windows"].values()) == len(prompts)
     return folder
+
+
+def test_what_is_no_number_is_no_picture(world_models: Path, tmp_path: Path) -> None:
+    models = Path(shutil.copytree(world_models / "stable-diffusion-0", tmp_path / "models" / "stable-diffusion-0"))
+    [path] = (models / "unet").glob("*.safetensors")
+    save_file({name: value * float("nan") for name, value in load_file(path).items()}, path)
+    with pytest.raises(UserError, match="draws no finite numbers of 'a red circle'"):
+        draw(tmp_path / "alt", models.parent)
+    with pytest.raises(ValidationError):
+        Generate(guidance_scale=float("inf"))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

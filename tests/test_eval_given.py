@@ -1,6 +1,7 @@
 """Which image of a folder is of which prompt: by number, by folder, by id, and never by the order of files alone."""
 
 import json
+import os
 from pathlib import Path
 from random import Random
 
@@ -70,6 +71,32 @@ def test_folders_as_genevals(tmp_path: Path) -> None:
     assert found["scene 11"] == ["0000", "0001", "0002", "0003"] and len(found) == 12
 
 
+def test_genevals_mosaics_are_no_pictures(tmp_path: Path) -> None:
+    names = [f"{place:05d}/{name}" for place in range(12) for name in ("grid.png", "samples/0.png", "samples/1.png")]
+    assert by_prompt(taken(tmp_path, folder_of(tmp_path, *names)))["scene 3"] == ["0", "1"]
+
+
+def test_without_prompts_the_order_is_that_of_names(tmp_path: Path) -> None:
+    """Whatever the extensions: x.m.png comes after x.png, and x.jpg before x.m.jpg."""
+    png = [each.file.stem for each in taken(tmp_path, folder_of(tmp_path / "a", "x.png", "x.m.png"), None) if each.file]
+    jpg = [each.file.stem for each in taken(tmp_path, folder_of(tmp_path / "b", "x.jpg", "x.m.jpg"), None) if each.file]
+    assert png == jpg == ["x", "x.m"]
+
+
+def test_a_link_to_nothing_is_one_line(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, *(f"{place}.png" for place in range(12)))
+    (folder / "12.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"12\.png is a link to nothing"):
+        taken(tmp_path, folder)
+
+
+def test_a_name_of_other_bytes_is_taken(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "a.png")
+    (folder / "a.png").rename(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    [each] = taken(tmp_path, folder, None)
+    assert each.file is not None and each.file.is_file()
+
+
 def test_images_named_by_their_prompts_id(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, *(f"s{place * 7}.png" for place in range(12)))
     assert by_prompt(taken(tmp_path, folder)) == {f"scene {place}": [f"s{place * 7}"] for place in range(12)}
@@ -97,6 +124,7 @@ def test_the_order_of_files_makes_no_difference(seed: int) -> None:
     ([f"{place}.png" for place in range(12)] + ["3-1.png"], "has 1 images of prompt 0, and 2 of another"),
     ([f"cat {chr(97 + place)}.png" for place in range(12)], "cannot tell which image of"),
     (["0.png", "below/1.png"], "cannot tell which image of"),
+    ([f"{place}.png" for place in range(12)] + ["3.jpg"], "holds two images 3"),
 ])
 def test_what_does_not_fit_is_one_line(tmp_path: Path, names: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -130,8 +158,8 @@ def test_taken_pictures_are_read_where_they_lie(tmp_path: Path) -> None:
 def test_a_folder_that_generate_filled(tmp_path: Path, form: str) -> None:
     folder = tmp_path / "mix"
     folder.mkdir()
-    rows = [{"index": place, "prompt": f"scene {place}", "set": "own", "prompt_index": place // 2, "seed": place}
-            for place in range(4)]
+    rows = [{"index": place, "prompt": f"scene {place // 2 * 2}", "set": "own", "prompt_index": place // 2,
+             "seed": place} for place in range(4)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for place in range(4):
         Image.new("RGB", (8, 8), (place, 0, 0)).save(loose_path(folder, place))
@@ -142,11 +170,18 @@ def test_a_folder_that_generate_filled(tmp_path: Path, form: str) -> None:
         write_json(str(folder / "00000_stats.json"), {"count": 4})
         for place in range(4):
             loose_path(folder, place).unlink()
-    found = taken(tmp_path, folder, PROMPTS)  # its own list counts
+    found = taken(tmp_path, folder, None)
+    assert taken(tmp_path, folder, [Prompt("scene 0"), Prompt("scene 2")]) == found  # the very prompts of its own list
+    with pytest.raises(UserError, match="lists other prompts than were given"):
+        taken(tmp_path, folder, PROMPTS)
     assert [(each.prompt.text, each.prompt.set, each.prompt_index, each.seed) for each in found] == [
-        (f"scene {place}", "own", place // 2, place) for place in range(4)]
+        (f"scene {place // 2 * 2}", "own", place // 2, place) for place in range(4)]
     assert [index for unit in shards(tmp_path / "taken") for index, _ in pictures(unit)] == [0, 1, 2, 3]
     assert picture(tmp_path / "taken", 3) == picture(folder, 3) is not None
+    again = StageDir(tmp_path / "again", {})  # of the list of a list
+    again.begin()
+    take(again, tmp_path / "taken", None, None, True)
+    assert picture(again.path, 3) == picture(folder, 3)
     (folder / "forgotten").touch()
     with pytest.raises(UserError, match="were not kept"):
-        taken(tmp_path, folder)
+        taken(tmp_path, folder, None)

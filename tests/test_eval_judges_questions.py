@@ -98,13 +98,11 @@ def test_a_prompt_is_known_by_its_text_whatever_its_white_space(tmp_path: Path) 
     assert found.of(Prompt(BEACH)) == ()
 
 
-@pytest.mark.parametrize("name", ["id", "item_id"])
-def test_a_prompt_of_another_text_is_known_by_its_id(tmp_path: Path, name: str) -> None:
+def test_an_id_alone_brings_no_questions(tmp_path: Path) -> None:
+    """Two files that number from 0 would agree on all ids."""
     found = tifa(tmp_path, tifa_row(), tifa_row(id="7", caption=BEACH, question="is this a beach?"))
-    assert found.of(Prompt("Three cats.", about={name: "drawbench_52"})) == found.of(Prompt(CATS))
-    assert found.of(Prompt("A beach.", about={name: 7})) == found.of(Prompt(BEACH))
-    assert found.of(Prompt(CATS, about={name: "7"})) == found.of(Prompt(CATS))  # its text says more than an id
-    assert found.of(Prompt("Three cats.", about={"other": "drawbench_52"})) == ()
+    assert found.of(Prompt("A beach.", about={"id": 7})) == ()
+    assert found.of(Prompt(CATS, about={"id": "7"})) == found.of(Prompt(CATS)) != ()
 
 
 def test_prompts_without_questions_are_told(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Every image measured once, by however many processes, and kept; a set that has changed is measured anew."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import eval.drawn
 import eval.images
@@ -145,8 +147,11 @@ def test_forgotten_pictures_keep_what_was_measured(drawn: Path, config: Evaluate
         loose_path(drawn, index).unlink()
     again = measured(drawn, config, DrawnImages(drawn))
     np.testing.assert_array_equal(again.values["features"], first.values["features"])
-    with pytest.raises(UserError, match="were not kept"):
-        measured(drawn, config, DrawnImages(drawn), "clip_score")
+    whole = DrawnImages(drawn)
+    for images, checkpoint, gauge in ((whole, "these", "clip_score"), (whole, "others", "features"),
+                                      (DrawnImages(drawn, ("b",)), "these", "features")):
+        with pytest.raises(UserError, match="were not kept"):  # of what was measured then, nothing follows for these
+            measured(drawn, config, images, gauge, checkpoint)
 
 
 def test_a_damaged_part_is_one_line(drawn: Path, config: Evaluate) -> None:
@@ -156,6 +161,15 @@ def test_a_damaged_part_is_one_line(drawn: Path, config: Evaluate) -> None:
         part.write_bytes(content)
         with pytest.raises(UserError, match=r"00001\.npz is damaged .*: delete it"):
             measured(drawn, config, DrawnImages(drawn))
+
+
+def test_numbers_that_are_not_finite_are_one_line(drawn: Path, config: Evaluate, tmp_path: Path) -> None:
+    weights = load_file(Path(config.features.model.removeprefix("local-dir:")) / "model.safetensors")
+    folder = Path(shutil.copytree(config.features.model.removeprefix("local-dir:"), tmp_path / "broken"))
+    save_file({name: value * float("nan") for name, value in weights.items()}, folder / "model.safetensors")
+    broken = config.model_copy(update={"features": Features(model=f"local-dir:{folder}")})
+    with pytest.raises(UserError, match=r"gives no finite numbers of picture 0 of .*mix"):
+        measured(drawn, broken, DrawnImages(drawn))
 
 
 @pytest.mark.parametrize(("source", "says"), [

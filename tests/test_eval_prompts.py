@@ -134,6 +134,8 @@ def test_real_prompt_sets(shared_data: Path) -> None:
     ("a.csv", b"a cat\n", "no column Prompt, Caption or Text, only a cat:"),
     ("a.csv", b"", "only nothing"),
     ("a.csv", b"caption\na cat\n\na dog\n", "line 3 of"),
+    ("a.csv", b"caption\na cat\na red car, on a hill\n", "line 3 of .* has 2 cells, and the header 1"),
+    ("a.tsv", b"Prompt\na red\tcar\n", "line 2 of .* has 2 cells, and the header 1"),
     ("a.csv", b'id,caption\n1,"a cat\n', r"line 2 of .* is no CSV \(unexpected end of data\)"),
     ("a.csv", b'caption\n"a" cat\n', "line 2 of .* is no CSV"),
     ("a.csv", b"caption\n" + b"x" * 200_000, "line 2 of .* is no CSV .*field larger"),

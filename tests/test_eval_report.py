@@ -340,9 +340,11 @@ def test_what_has_changed_since_the_report_is_not_pooled(tmp_path: Path) -> None
     ("{", "is not the result of a run"), ('{"schema": 2, "runs": []}', "schema"), ("[]", "is not the result"),
     ('{"schema": 1, "runs": [{"arm": "alt"}]}', "metrics"),
     ('{"schema": 1, "runs": [{"arm": "alt", "metrics": {"judges": [{"metrics": {"<b>": ""}}]}}]}', "names are like"),
-    (json.dumps({"schema": 1, "runs": [{"arm": f"a{i}", "metrics": {}} for i in range(51)]}), "51 arms"),
-    ('{"schema": 1, "runs": [{"arm": "alt", "metrics": {}}], "comparisons": [{"a": "mix", "b": "alt", "metric": "fid", '
-     '"difference": 1, "verdict": "best"}]}', "verdict"),
+    (json.dumps({"schema": 1, "runs": [{"arm": f"a{i}", "metrics": {"fid": 1}} for i in range(51)]}), "51 arms"),
+    ('{"schema": 1, "runs": [{"arm": "alt", "metrics": {"mine": 1}}]}', "no metric that is known"),
+    (f'{{"schema": 1, "runs": [{{"arm": "alt", "metrics": {{"fid": 1{"0" * 400}}}}}]}}', "no metric that is known"),
+    ('{"schema": 1, "runs": [{"arm": "alt", "metrics": {"fid": 1}}], "comparisons": [{"a": "mix", "b": "alt", '
+     '"metric": "fid", "difference": 1, "verdict": "best"}]}', "verdict"),
 ])
 def test_what_is_no_result_is_refused(text: str, message: str, tmp_path: Path, content: ReportInput) -> None:
     (tmp_path / "beside.json").write_text(text)

@@ -134,4 +134,6 @@ def test_a_ratio_lies_in_its_interval() -> None:
     assert found["ratio_ci"] == pytest.approx([true_ratio - spread, true_ratio + spread], rel=0.02)
     covered = [paired_ratio(rng.gamma(4, size=200), rng.gamma(4, size=200) / 2, 0)["ratio_ci"] for _ in range(100)]
     assert sum(low <= 2 <= high for low, high in covered) >= 88
+    near = rng.normal(0.02, 1, size=(2, 500))  # KIDs of arms as good as real images: a ratio would say nothing
+    assert paired_ratio(near[0], near[1], 0) == {"ratio": None, "ratio_ci": None}
     assert paired_ratio(a - 100, b, 0) == {"ratio": None, "ratio_ci": None}

@@ -42,7 +42,7 @@ def test_measures_that_disagree() -> None:
 
 def test_without_an_arm_to_compare() -> None:
     assert verdict(findings(["base", "alt"]))[0] == "There is no arm to compare with “alt” but controls."
-    assert "No prompt gives both “mix” and “alt” a value of CLIP score" in verdict(findings(["alt", "mix"]))[0]
+    assert "“mix” and “alt” were not compared by CLIP score" in verdict(findings(["alt", "mix"]))[0]
 
 
 # --- by other measures than a judge's shares -------------------------------------------------------------------------

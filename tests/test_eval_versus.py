@@ -17,6 +17,8 @@ from PIL import Image
 
 from eval.versus import _arms
 from recap.errors import UserError
+from recap.sample import Sample
+from recap.shards import ShardWriter
 
 NUM = 24
 
@@ -122,16 +124,39 @@ def test_folders_of_other_names_are_not_paired(tmp_path: Path, settings: list[st
 def test_a_reference_is_kept_and_taken(tmp_path: Path, settings: list[str], real: Path, prompts: Path,
                                        capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "kept"
+    kept.mkdir()
+    (kept / "thesis.tex").write_text("mine")
     assert recap_here("reference", str(real), "-o", str(kept), *settings) == 0
-    assert "40 images by timm" in capsys.readouterr().out and (kept / "features.npz").is_file()
+    assert "40 images by timm" in capsys.readouterr().out and (kept / "reference" / "features.npz").is_file()
+    os.utime(real / "000.png")
+    assert recap_here("reference", str(real), "-o", str(kept), *settings) == 2
+    assert "2 entries differ, ['000.png'" in capsys.readouterr().err
+    assert recap_here("reference", str(real), "-o", str(kept), "--redo", *settings) == 0
+    assert (kept / "thesis.tex").read_text() == "mine"
     a, b = folder_of(tmp_path / "a", 0), folder_of(tmp_path / "b", 1)
     for name, reference in (("by folder", real), ("by kept", kept)):
         assert recap_here("evaluate", str(a), str(b), "--reference", str(reference), "--prompts", str(prompts), "-o",
                           str(tmp_path / name.replace(" ", "-")), *settings) == 0
     one, other = (report(tmp_path / name)["runs"] for name in ("by-folder", "by-kept"))
     assert one == other
-    (kept / "features.npz").unlink()
+    (kept / "reference" / "features.npz").unlink()
     assert recap_here("evaluate", str(a), str(b), "--reference", str(kept), "-o", str(tmp_path / "no"), *settings) == 2
+
+
+def test_given_pictures_outlive_keep_false_and_other_captions_are_noticed(
+        tmp_path: Path, settings: list[str], real: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = tmp_path / "captions.tar"
+    with ShardWriter(str(shard)) as writer:
+        for index in range(NUM):
+            writer.write(Sample("captions", f"{index:03d}", {"txt": b"a photo", "long.txt": f"scene {index}".encode()}))
+    a, b = folder_of(tmp_path / "a", 0), folder_of(tmp_path / "b", 1)
+    command = ["evaluate", str(a), str(b), "--reference", str(real), "--prompts", str(shard), "-o",
+               str(tmp_path / "out"), *settings, "generate.keep=false"]
+    assert recap_here(*command, "generate.kind=alt") == 0
+    assert recap_here(*command, "generate.kind=long") == 2
+    assert "kind: alt → long" in capsys.readouterr().err
+    assert recap_here(*command, "generate.kind=long", "--redo") == 0
+    assert "scene 3" in (tmp_path / "out" / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
@@ -179,11 +204,13 @@ def test_weights_that_are_missing_offline_are_one_line(tmp_path: Path, real: Pat
     (["x/one/images", "x/two/images"], ["one-images", "two-images"]),
     (["org/model a", "org/b"], ["model-a", "b"]),
     (["a b", "a-b"], ["a-b-0", "a-b-1"]),
+    (["x/mix", "y/alt"], ["x-mix", "y-alt"]),  # whatever stands first is what the others are held against
+    (["x/ft", "x/base"], ["x-ft", "x-base"]),
 ])
 def test_arms_are_called_by_their_folders(places: list[str], names: list[str], tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert _arms(places)[0].endswith(names[0]) and [name.split("/")[-1] for name in _arms(places)] == names
+    assert _arms(places) == names
     with pytest.raises(UserError, match="named twice"):
         _arms(["x/a", "x/b", "x/a"])
 

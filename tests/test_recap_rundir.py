@@ -29,6 +29,14 @@ def test_other_inputs_make_it_changed_and_say_which(tmp_path: Path) -> None:
     assert changed.changes() == ["relabel.batch_size: 8 → 16"]
 
 
+def test_of_many_files_it_says_which_differ(tmp_path: Path) -> None:
+    before = [[f"{place}.png", 10, 1] for place in range(30_000)]
+    stage = StageDir(tmp_path, {"images": before, "text": "a" * 5000})
+    stage.begin()
+    [images, text] = StageDir(tmp_path, {"images": [*before[:-1], ["29999.png", 10, 2]], "text": "b" * 5000}).changes()
+    assert images == "images: 2 entries differ, ['29999.png', 10, 1]" and len(text) < 250
+
+
 def test_the_fingerprint_depends_on_values_not_on_their_order(tmp_path: Path) -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
 

@@ -87,7 +87,7 @@ class DetectorJudge:
             answers = self._clip.preferences(images, [prompt.text for prompt in prompts])
         values = []
         for each, found, answer, correct in zip(asked, seen, answers, self._correct(images, asked, seen), strict=True):
-            self._tally.add(each, found, correct)
+            self._tally.add(each, correct)
             all_values = {
                 "soa": _mean([float(bool(found.of(labels))) for labels in each.classes]),
                 "count_error": count_error(each, found),
@@ -99,9 +99,7 @@ class DetectorJudge:
         return values
 
     def remarks(self) -> list[str]:
-        """What a reader must know of all pictures judged so far: what was left out, and semantic object accuracy as a
-        mean over classes; a line each.
-        """
+        """What was left out of the pictures judged so far, a line each."""
         return self._tally.remarks()
 
     def _positions(self, asked: Asked, seen: "Seen") -> float | None:
@@ -166,14 +164,12 @@ class _Tally:
 
     def __init__(self, detector: str) -> None:
         self._detector = detector
-        self._num_prompts = 0
+        self._num = 0
         self._left_out: Counter[tuple[str, str]] = Counter()
         self._unknown: Counter[str] = Counter()
-        self._asked_for: Counter[Labels] = Counter()
-        self._found: Counter[Labels] = Counter()
 
-    def add(self, asked: Asked, seen: Seen, correct: float | None) -> None:
-        self._num_prompts += 1
+    def add(self, asked: Asked, correct: float | None) -> None:
+        self._num += 1
         self._unknown.update(asked.unknown)
         if asked.unknown:
             self._left_out["geneval", "ask for a class that it has no label for"] += 1
@@ -181,15 +177,10 @@ class _Tally:
             self._left_out["geneval", "ask for a colour, which only CLIP can tell"] += 1
         if not asked.classes:
             self._left_out["soa", "name nothing that it has a label for"] += 1
-        self._asked_for.update(asked.classes)
-        self._found.update(labels for labels in asked.classes if seen.of(labels))
 
     def remarks(self) -> list[str]:
-        lines = [f"{WHERE}: {count:,} of {self._num_prompts:,} prompts are left out of {metric}: by {self._detector}, "
-                 f"they {why}" for (metric, why), count in self._left_out.items()]
+        lines = [f"{WHERE}: of {self._num:,} pictures just judged, {count:,} are left out of {metric}: for "
+                 f"{self._detector}, their prompts {why}" for (metric, why), count in self._left_out.items()]
         if self._unknown:
             lines.append(f"{WHERE}: without a label: {', '.join(name for name, _ in self._unknown.most_common(20))}")
-        if self._asked_for:
-            shares = [self._found[labels] / count for labels, count in self._asked_for.items()]
-            lines.append(f"{WHERE}: soa as a mean over the {len(shares)} classes named (SOA-C): {np.mean(shares):.1%}")
         return lines

@@ -21,7 +21,6 @@ WHERE = "evaluate.vqa.questions"
 MAX_CHARS = 1000
 """Of a question or a choice; the longest of DSG-1k has 124."""
 DSG_COLUMNS = ("item_id", "text", "proposition_id", "dependency", "question_natural_language")
-IDS = ("id", "item_id")
 """Names under which a prompt's row may give the item that it is."""
 Kind = Literal["tifa", "dsg"]
 
@@ -48,13 +47,12 @@ class Item:
 
 
 class QuestionSet:
-    """The questions of a file, found by a prompt's text, or else by the id that its row gives."""
+    """The questions of a file, found by a prompt's text: numbers as ids would agree by chance."""
 
     def __init__(self, kind: Kind, name: str, items: dict[str, Item]) -> None:
         self.kind = kind
         self.name = name
         """The file and the hash of its content."""
-        self._by_id = items
         self._by_text: dict[str, Item] = {}
         for item in items.values():
             self._by_text.setdefault(item.text, item)
@@ -62,9 +60,6 @@ class QuestionSet:
     def of(self, prompt: Prompt) -> tuple[Question, ...]:
         """What is asked about a prompt; of two items with its text, the first one's questions."""
         item = self._by_text.get(" ".join(prompt.text.split()))
-        if item is None:
-            ids = (str(prompt.about[name]) for name in IDS if name in prompt.about)
-            item = next((self._by_id[each] for each in ids if each in self._by_id), None)
         return item.questions if item else ()
 
     def without(self, prompts: list[Prompt]) -> list[Prompt]:
