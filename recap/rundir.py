@@ -163,10 +163,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _told(before: Any, now: Any) -> str:
     """A change in few words; of lists, as of a folder's files, which of them differ."""
-    if isinstance(before, list) and isinstance(now, list) and max(len(before), len(now)) > 1:
+    if isinstance(before, list) and isinstance(now, list) and len(f"{before}{now}") > MAX_TOLD:
         known, new = ({json.dumps(each) for each in every} for every in (before, now))
-        differing = sorted(known ^ new)
-        return f"{len(differing)} entries differ, {_cut(json.loads(differing[0]))}" if differing else "another order"
+        number, first = max(len(known - new), len(new - known)), min(new - known or known - new, default=None)
+        return f"{number} of {len(now)} differ, {_cut(json.loads(first))} first" if first else "another order"
     return f"{_cut(before)} → {_cut(now)}"
 
 

@@ -486,5 +486,5 @@ def test_torchrun_ends_with_one_line_of_ours(work_of: Start) -> None:
 
 def test_other_stages_refuse_several_processes(work_of: Start) -> None:
     work = work_of("blip2")
-    statuses, said = run(Work(["generate", *work.arguments[1:]], work.out), 2)
+    statuses, said = run(Work(["reference", *work.arguments[1:]], work.out), 2)
     assert 2 in statuses and "in several processes" in said

@@ -323,7 +323,7 @@ def test_a_caption_that_was_edited_is_learned_anew(tmp_path: Path) -> None:
 
 def test_a_result_beside_is_of_the_report(tmp_path: Path) -> None:
     beside = {"beside": str(tmp_path / "other.json")}
-    result = {"schema": 1, "runs": [{"arm": "alt", "metrics": {}}]}
+    result = {"schema": 1, "runs": [{"arm": "alt", "metrics": {"fid": 1}}]}
     (tmp_path / "other.json").write_text(json.dumps(result))
     before = fingerprints(plan(tmp_path, report=beside))
     (tmp_path / "other.json").write_text(json.dumps(result | {"title": "Another"}))

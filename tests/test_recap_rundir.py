@@ -34,7 +34,7 @@ def test_of_many_files_it_says_which_differ(tmp_path: Path) -> None:
     stage = StageDir(tmp_path, {"images": before, "text": "a" * 5000})
     stage.begin()
     [images, text] = StageDir(tmp_path, {"images": [*before[:-1], ["29999.png", 10, 2]], "text": "b" * 5000}).changes()
-    assert images == "images: 2 entries differ, ['29999.png', 10, 1]" and len(text) < 250
+    assert images == "images: 1 of 30000 differ, ['29999.png', 10, 2] first" and len(text) < 250
 
 
 def test_the_fingerprint_depends_on_values_not_on_their_order(tmp_path: Path) -> None:

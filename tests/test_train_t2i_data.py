@@ -619,7 +619,7 @@ def test_closing_ends_workers_that_wait_for_ever(tmp_path: Path, num_steps: int)
 
 @pytest.mark.full
 def test_a_process_that_ends_without_closing_leaves_no_worker(shards: list[str]) -> None:
-    code = ("import sys, tests.test_train_t2i_data as t\n"
+    code = ("import sys, test_train_t2i_data as t\n"
             "config = t.CONFIG.model_copy(update={'num_workers': 2})\n"
             "reading = t.steps(t.Parts(sys.argv[1:], t.DEFAULT_ARMS['alt'], config, 0, t.RECIPE))\n"
             "next(reading)\n"

@@ -1,6 +1,7 @@
 """What TensorBoard is told of a training."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -73,5 +74,6 @@ def test_what_is_told_again_after_a_stop_takes_the_place_of_what_was(tmp_path: P
             accelerator.log({"loss": loss}, step=step)
         for tracker in accelerator.trackers:
             tracker.finish()
+        time.sleep(1)  # the files of one process and second are read by the order of "10" and "9"
     assert [(each.step, each.value) for each in told(tmp_path).Scalars("loss")] == [
         (1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
