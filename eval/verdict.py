@@ -106,9 +106,9 @@ def _fid_sentences(a: str, b: str, found: Findings) -> list[str]:
         return [f"{sentence}; {result.get('note') or 'no interval'}: {result['verdict']}."]
     ratio = " ({:.2f} to {:.2f})".format(*result["ratio_ci"]) if result.get("ratio_ci") else ""
     ratio = f", ratio {result['ratio']:.2f}{ratio}" if result.get("ratio") is not None else ""
-    drawn = f"{result['num_prompts']:,}" if result.get("num_prompts") else "so many"
+    over = f" over {result['num_prompts']:,} prompts" if result.get("num_prompts") else ""
     p = "" if p_of(result) is None else f", {p_text(p_of(result))}"
-    return [f"{sentence}; less the bias of an FID over {drawn} pictures, the difference is "
+    return [f"{sentence}; less the bias of their number of pictures, the difference{over} is "
             f"{FID.figures(result)}{ratio}{p}: {result['verdict']}."]
 
 
