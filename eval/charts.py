@@ -191,12 +191,12 @@ class Room:
 
 
 def _axis(low: float, high: float, start: float, end: float) -> Axis:
-    """A scale a little wider than the values, with three to seven round ticks on it."""
+    """A scale a little wider than the values, with three to six round ticks on it."""
     is_one = high - low <= 1e-9 * max(abs(low), abs(high))  # ties, but for rounding
     spread = abs(high) * 0.1 or 1.0 if is_one else high - low
     low, high = low - 0.08 * spread, high + 0.08 * spread
     power = 10.0 ** math.floor(math.log10(high - low))
-    step = next(step for factor in (5, 2, 1, 0.5, 0.2) if len(_multiples(step := power * factor, low, high)) >= 3)
+    step = next(step for factor in (5, 2.5, 2, 1, 0.5, 0.25) if len(_multiples(step := power * factor, low, high)) >= 3)
     return Axis(low, high, start, end, [step * index for index in _multiples(step, low, high)])
 
 
@@ -206,5 +206,5 @@ def _multiples(step: float, low: float, high: float) -> range:
 
 def _tick_text(tick: float, axis: Axis) -> Markup:
     step = axis.ticks[1] - axis.ticks[0] if len(axis.ticks) > 1 else 1.0
-    digits = max(0, -math.floor(math.log10(step) + 1e-9))
+    digits = next((each for each in range(12) if math.isclose(round(step, each), step, rel_tol=1e-6)), 12)
     return escape(f"{tick + 0.0:,.{digits}f}".replace("-", "−"))

@@ -171,13 +171,13 @@ def compare(arms: list[str], runs: list[Run], seed: int = 0) -> list[dict[str, A
             pair.check_alike()
             found += [pair.named(measure) | pair.compared(measure, seed) for measure in measures_of(runs[0].metrics)
                       if all(measure.key in run.metrics for run in pair.runs)]
-    return adjusted(found, arms, [each.key for each in headline_measures(measures_of(runs[0].metrics))])
+    headline = [each.key for each in headline_measures(measures_of(runs[0].metrics))]
+    return adjusted(found, [each["b"] == baseline(arms) and each["metric"] in headline for each in found])
 
 
-def adjusted(found: list[dict[str, Any]], arms: list[str], headline: list[str]) -> list[dict[str, Any]]:
+def adjusted(found: list[dict[str, Any]], in_family: list[bool]) -> list[dict[str, Any]]:
     """Comparisons with `p_holm` (None outside the family), and verdicts that heed it."""
-    family = [place for place, each in enumerate(found)
-              if each["b"] == baseline(arms) and each["metric"] in headline and each["p"] is not None]
+    family = [place for place, each in enumerate(found) if in_family[place] and each["p"] is not None]
     ps = dict(zip(family, holm([found[place]["p"] for place in family]), strict=True))
     return [each | {"p_holm": ps.get(place)} | ({"verdict": CANT_TELL} if ps.get(place, 0) >= ALPHA else {})
             for place, each in enumerate(found)]

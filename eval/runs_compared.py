@@ -13,11 +13,11 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from eval.comparisons import Run, claim
+from eval.comparisons import Run, adjusted, claim
 from eval.distances import FRECHET, KEYS
 from eval.finished import FinishedRun, read_runs
 from eval.measures import DISTANCES, Measure
-from eval.statistics import ALPHA, CANT_TELL, holm, mean_over_runs, paired_difference
+from eval.statistics import CANT_TELL, mean_over_runs, paired_difference
 from eval.tables import (
     COMPARISONS,
     METRICS,
@@ -96,7 +96,8 @@ def compared(runs: Sequence[FinishedRun]) -> list[dict[str, Any]]:
             known = {measure.key for measure in other.findings.measures}
             found += [_compared(other, first, a, b, measure) for measure in first.findings.measures
                       if measure.key in known]
-    return _adjusted(found, [measure.key for measure in first.findings.headline])
+    headline = [measure.key for measure in first.findings.headline]
+    return adjusted(found, [each["metric"] in headline for each in found])
 
 
 def _arm_pairs(other: FinishedRun, first: FinishedRun) -> list[tuple[str, str]]:
@@ -137,14 +138,6 @@ def _difference(ours: Sequence[Run], theirs: Sequence[Run], measure: Measure) ->
         one, other = mean_over_runs(one), mean_over_runs(other)
         return paired_difference(one, other, 0, lower_is_better=measure.lower_is_better)
     return paired_difference(one, other, 0, seeds=seeds, lower_is_better=measure.lower_is_better)
-
-
-def _adjusted(found: list[dict[str, Any]], headline: list[str]) -> list[dict[str, Any]]:
-    """Comparisons with `p_holm` (None outside the family), and verdicts that heed it."""
-    family = [place for place, each in enumerate(found) if each["metric"] in headline and each["p"] is not None]
-    ps = dict(zip(family, holm([found[place]["p"] for place in family]), strict=True))
-    return [each | {"p_holm": ps.get(place)} | ({"verdict": CANT_TELL} if ps.get(place, 0) >= ALPHA else {})
-            for place, each in enumerate(found)]
 
 
 # --- why not -------------------------------------------------------------------------------------------------------
